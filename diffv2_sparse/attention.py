@@ -1,0 +1,264 @@
+"""The public attention functions: inputs are validated once, then handed to one backend.
+
+    o[p] = softmax(q_2p kᵀ · scale) v − sigmoid(lam_logit[p]) · softmax(q_2p+1 kᵀ · scale) v
+
+`backend="auto"` takes, in this order: on CUDA, dense and windowed calls go to flash-attn where it is installed and the
+dtype is 16-bit, dense ones else to torch's scaled_dot_product_attention; everything else, and every call on a CPU, to
+"torch". A backend that is named is used or raises; it never falls back. Source: microsoft/unilm, Diff-Transformer-V2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .selection import BlockSelection, check_cu_seqlens
+
+if TYPE_CHECKING:
+    from .cache import PagedKV
+
+BACKENDS = ("auto", "torch", "flex", "flash", "reference")
+PAGED_BACKENDS = ("auto", "torch")
+
+
+def diff_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam_logit: Tensor | None,
+    selection: BlockSelection | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Differential attention (DIFF V2), causal; dense, windowed, or restricted to selected key blocks.
+
+    Args:
+        q: `[B, T, HQ, D]`. Even heads are signal, odd heads the noise of the same pair; HQ / H heads share one KV head.
+        k, v: `[B, S, H, D]`, T ≤ S. Query t stands at key position S − T + t.
+        lam_logit: `[B, T, HQ // 2]`, before the sigmoid; None for ordinary attention, with as many output heads as
+            query heads.
+        selection: key blocks per KV head and row of queries; None is dense. Only shapes are checked here: call
+            `selection.validate` on hand-built lists. Together with `window` it is their intersection.
+        scale: of the logits; D ** -0.5 by default.
+        window: a token sees itself and the `window − 1` before it.
+        backend: "auto", "torch" (any device), "flex" (FlexAttention), "flash" (flash-attn; dense and windowed) or
+            "reference".
+        return_lse: also return the log-sum-exp of each head's logits; no gradient flows through it.
+        cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, bounds of N packed sequences; then q is `[1, ΣT, HQ, D]`, k and v
+            `[1, ΣS, H, D]`.
+
+    Returns:
+        o `[B, T, HO, D]` in q's dtype, HO = HQ // 2 (HQ without lam_logit); with `return_lse` also lse float32 `[B,
+        HQ, T]`, natural logarithm. A token with no visible selected key gets 0 from that class, lse −inf and zero
+        gradients.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; HQ is no multiple of H, or HQ / H is odd with lam_logit (a pair
+            would straddle two groups); T > S; a selection with a wrong number of rows; a backend that cannot do what
+            is asked.
+        ImportError: the named backend's package is not installed.
+    """
+    packed = _check_call(q, k, v, lam_logit, selection, window, cu_seqlens_q, cu_seqlens_k)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto":
+        backend = _automatic(q, selection)
+    if backend == "reference":
+        from .reference import reference_attention
+
+        return reference_attention(
+            q,
+            k,
+            v,
+            lam_logit,
+            selection,
+            scale=scale,
+            window=window,
+            return_lse=return_lse,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+    if backend == "flash":
+        from .adapters import flash_attention
+
+        if selection is not None:
+            raise ValueError('backend: "flash" takes no selection; "torch" and "flex" do')
+        return flash_attention(
+            q,
+            k,
+            v,
+            lam_logit,
+            scale=scale,
+            window=window,
+            return_lse=return_lse,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+    if backend == "flex":
+        from .adapters import flex_attention
+
+        if packed:
+            raise ValueError('backend: "flex" takes no cu_seqlens; "torch" does')
+        return flex_attention(q, k, v, lam_logit, selection, scale=scale, window=window, return_lse=return_lse)
+    dense = selection is None and window is None
+    if dense and not packed and not return_lse and (q.shape[1] in (1, k.shape[1]) or q.is_cuda):
+        from .adapters import sdpa_attention
+
+        return sdpa_attention(q, k, v, lam_logit, scale=scale)
+    if _masking_is_cheaper(q, k, selection) and window is None and not packed and not return_lse:
+        from .adapters import sdpa_masked_attention
+
+        return sdpa_masked_attention(q, k, v, lam_logit, selection, scale=scale)
+    from .blockwise import blockwise_attention
+
+    o, lse = blockwise_attention(
+        q,
+        k,
+        v,
+        lam_logit,
+        selection,
+        scale=scale,
+        window=window,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    return (o, lse) if return_lse else o
+
+
+def diff_attention_paged(
+    q: Tensor,
+    lam_logit: Tensor | None,
+    pages: PagedKV,
+    selection: BlockSelection | None = None,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Differential attention of the last T tokens of each sequence over a paged cache; for decoding, without gradients.
+
+    Args:
+        q: `[B, T, HQ, D]`. Query t of sequence b stands at key position pages.lengths[b] − T + t.
+        lam_logit: `[B, T, HQ // 2]`, or None for ordinary attention.
+        pages: keys and values, one page = one key block of one KV head.
+        selection: its `block_n` is the page size; None attends to everything.
+        scale: of the logits; D ** -0.5 by default.
+        backend: "auto" or "torch".
+
+    Returns:
+        `[B, T, HO, D]` in q's dtype. A query before its sequence's first key gets 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the selection's blocks are no pages of this cache.
+    """
+    if backend not in PAGED_BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(PAGED_BACKENDS)} for paged keys, got {backend!r}")
+    k_pages, v_pages, page_table = pages.k_pages, pages.v_pages, pages.page_table
+    if q.ndim != 4:
+        raise ValueError(f"q: expected [B, T, HQ, D], got shape {tuple(q.shape)}")
+    B, T, HQ, D = q.shape
+    if page_table.ndim != 3 or page_table.shape[0] != B or pages.lengths.shape != (B,):
+        raise ValueError(
+            f"pages: expected page_table [{B}, H, NP] and lengths [{B}] to go with q, "
+            f"got {tuple(page_table.shape)} and {tuple(pages.lengths.shape)}"
+        )
+    if k_pages.ndim != 3 or k_pages.shape != v_pages.shape or k_pages.shape[2] != D:
+        raise ValueError(
+            f"pages: expected k_pages and v_pages [P, block_n, {D}], got {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
+        )
+    _check_heads(q, page_table.shape[1], lam_logit)
+    _check_like_q(q, k_pages=k_pages, v_pages=v_pages)
+    if selection is not None:
+        _check_selection(selection, q, page_table.shape[1], lam_logit, None)
+        if selection.block_n != k_pages.shape[1]:
+            raise ValueError(f"selection: expected block_n {k_pages.shape[1]}, the page size, got {selection.block_n}")
+    from .blockwise import blockwise_paged
+
+    scale = D**-0.5 if scale is None else scale
+    with torch.no_grad():
+        return blockwise_paged(q, k_pages, v_pages, page_table, pages.lengths, lam_logit, selection, scale=scale)
+
+
+def _automatic(q: Tensor, selection: BlockSelection | None) -> str:
+    if q.is_cuda and selection is None and q.dtype in (torch.float16, torch.bfloat16):
+        from .adapters import flash_available
+
+        if flash_available():
+            return "flash"
+    return "torch"
+
+
+def _masking_is_cheaper(q: Tensor, k: Tensor, selection: BlockSelection | None) -> bool:
+    """Where "torch" computes a selection as masked dense attention: on a GPU, for lists that hold at least a sixteenth
+    of the keys, while the mask stays below 4 GiB.
+    """
+    if selection is None or not q.is_cuda:
+        return False
+    B, C, H, _, NB = selection.indices.shape
+    T, S = q.shape[1], k.shape[1]
+    return 16 * NB * selection.block_n >= S and B * C * H * T * S * q.element_size() <= 4 << 30
+
+
+def _check_call(q, k, v, lam_logit, selection, window, cu_seqlens_q, cu_seqlens_k) -> bool:
+    """Returns whether the call is packed."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or not x.is_floating_point():
+            raise ValueError(f"{name}: expected floating point [B, tokens, heads, D], got {x.dtype} {tuple(x.shape)}")
+    B, T, _, D = q.shape
+    if k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"k: expected [{B}, S, H, {D}] to go with q, got {tuple(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected shape {tuple(k.shape)} like k, got {tuple(v.shape)}")
+    _check_heads(q, k.shape[2], lam_logit)
+    _check_like_q(q, k=k, v=v)
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window: expected a positive int, got {window!r}")
+    packed = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, B, T, k.shape[1])
+    S = k.shape[1]
+    if T > S:
+        raise ValueError(f"q: expected at most as many queries as keys under causality, got T = {T} > S = {k.shape[1]}")
+    if selection is not None:
+        _check_selection(selection, q, k.shape[2], lam_logit, cu_seqlens_q)
+    return packed
+
+
+def _check_heads(q: Tensor, H: int, lam_logit: Tensor | None) -> None:
+    B, T, HQ, _ = q.shape
+    if T == 0:
+        raise ValueError("q: expected at least one query token, got T = 0")
+    if H == 0 or HQ % H:
+        raise ValueError(f"q: expected HQ a multiple of the {H} KV heads, got HQ = {HQ}")
+    if lam_logit is None:
+        return
+    if (HQ // H) % 2:
+        raise ValueError(
+            f"q: differential attention needs an even number of query heads per KV head, got {HQ} / {H}: a pair would "
+            "straddle two groups"
+        )
+    if lam_logit.shape != (B, T, HQ // 2):
+        raise ValueError(f"lam_logit: expected [{B}, {T}, {HQ // 2}], got {tuple(lam_logit.shape)}")
+    if lam_logit.device != q.device:
+        raise ValueError(f"lam_logit: expected on {q.device} like q, got {lam_logit.device}")
+
+
+def _check_like_q(q: Tensor, **others: Tensor) -> None:
+    for name, x in others.items():
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
+
+
+def _check_selection(selection, q: Tensor, H: int, lam_logit: Tensor | None, cu_seqlens_q: Tensor | None) -> None:
+    if not isinstance(selection, BlockSelection):
+        raise ValueError(f"selection: expected a BlockSelection or None, got {type(selection).__name__}")
+    selection.check_rows(q.shape[0], q.shape[1], H, cu_seqlens_q)
+    if selection.num_classes == 2 and lam_logit is None:
+        raise ValueError("selection: lists per class (C = 2) need lam_logit; ordinary attention has one class")
+    if selection.indices.device != q.device:
+        raise ValueError(f"selection: expected on {q.device} like q, got {selection.indices.device}")
