@@ -1,0 +1,404 @@
+"""YOCO with DIFF V2 attention: a self-decoder, one shared key/value projection, and a cross-decoder that reads it.
+
+    h = embed(tokens);  h = self_layers(h);  k, v = shared_kv(h);  h = cross_layers(h, k, v);  logits = lm_head(norm(h))
+
+Every layer is x + mixer(norm(x)), then x + mlp(norm(x)). Only the self-decoder must see a whole prompt: the
+cross-decoder runs for the positions whose logits are asked for. `forward` computes all positions at once and carries
+gradients; `prefill` and `decode` go through a cache and do not. Source: YOCO, arXiv 2405.05254.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from ..cache import CacheSpec, RowLists, SelfState, SharedKVCache
+from ..selectors import block_summaries
+from .attention import CrossAttention, DiffV2Attention
+from .configuration import DiffV2YocoConfig
+from .layers import RMSNorm, Rotary, SwiGLU, apply_rotary, rotary_angles
+from .layout import Layout
+from .reading import Kept, Reading, locate
+from .retention import GatedRetention
+
+CHUNK_TOKENS = 4096  # columns of a prompt that `prefill` reads at once
+
+
+class SelfDecoderLayer(GradientCheckpointingLayer):
+    """A layer of the first half: sliding-window DIFF V2 attention or gated retention, then the feed-forward."""
+
+    def __init__(self, config: DiffV2YocoConfig):
+        super().__init__()
+        if config.self_decoder == "sliding_window":
+            self.mixer = DiffV2Attention(config, window=config.sliding_window)
+        else:
+            self.mixer = GatedRetention(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
+        hidden = hidden + self.mixer(self.mixer_norm(hidden), rotary, layout)
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def extend(self, hidden: Tensor, rotary: Rotary, layout: Layout, state: SelfState) -> tuple[Tensor, SelfState]:
+        """`forward` for tokens that follow those in `state`; returns the output and the state after these tokens."""
+        mixed, state = self.mixer.extend(self.mixer_norm(hidden), rotary, layout, state)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.mlp_norm(hidden)), state
+
+
+class SharedKV(nn.Module):
+    """The one key/value projection: `[B, T, hidden_size]` → k, v `[B, T, H, D]`, keys turned by their absolute
+    positions.
+    """
+
+    def __init__(self, config: DiffV2YocoConfig):
+        super().__init__()
+        self.config = config
+        size = config.num_key_value_heads * config.head_dim
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.k_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, size, bias=False)
+
+    def forward(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        hidden = self.norm(hidden)
+        k, v = (p(hidden).unflatten(-1, (-1, self.config.head_dim)) for p in (self.k_proj, self.v_proj))
+        return (apply_rotary(k, rotary) if self.config.cross_position == "rope" else k), v
+
+
+class CrossDecoderLayer(GradientCheckpointingLayer):
+    """A layer of the second half. The shared k and v are arguments, so that checkpointed gradients reach them."""
+
+    def __init__(self, config: DiffV2YocoConfig):
+        super().__init__()
+        self.mixer = CrossAttention(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden: Tensor, k: Tensor, v: Tensor, summaries: Tensor | None, rotary: Rotary, layout: Layout
+    ) -> Tensor:
+        hidden = hidden + self.mixer(self.mixer_norm(hidden), k, v, summaries, rotary, layout)
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def read(
+        self, hidden: Tensor, rotary: Rotary, cache: SharedKVCache, reading: Reading, held: RowLists | None
+    ) -> tuple[Tensor, RowLists | None]:
+        """`forward` for the tokens of `reading`, over the shared cache; also the lists of the rows that stay open."""
+        mixed, held = self.mixer.read(self.mixer_norm(hidden), rotary, cache, reading, held)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.mlp_norm(hidden)), held
+
+
+class DiffV2YocoPreTrainedModel(PreTrainedModel):
+    """What Transformers asks of both classes below."""
+
+    config_class = DiffV2YocoConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SelfDecoderLayer", "CrossDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_attention_backend = True
+
+
+class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
+    """The decoder without the language-model head."""
+
+    def __init__(self, config: DiffV2YocoConfig):
+        super().__init__(config)
+        half = config.num_hidden_layers // 2
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.self_layers = nn.ModuleList(SelfDecoderLayer(config) for _ in range(half))
+        self.shared_kv = SharedKV(config)
+        self.cross_layers = nn.ModuleList(CrossDecoderLayer(config) for _ in range(half))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: SharedKVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states `[B, K, hidden_size]` of what is kept. Arguments as in `DiffV2YocoForCausalLM.forward`."""
+        if past_key_values is None and not use_cache:
+            hidden = self._all_positions(input_ids, attention_mask, inputs_embeds, logits_to_keep)
+        else:
+            hidden, past_key_values = self.prefill(
+                input_ids, attention_mask, past_key_values, inputs_embeds=inputs_embeds, logits_to_keep=logits_to_keep
+            )
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+    def _all_positions(self, input_ids, attention_mask, inputs_embeds, logits_to_keep) -> Tensor:
+        """Both halves over whole sequences, with gradients and without a cache."""
+        self.config.check_sparsity()
+        inputs = _one_of(input_ids, inputs_embeds)
+        layout = Layout.of(inputs, attention_mask)
+        hidden = layout.pack(self._embed(inputs))
+        rotary = self._rotary(layout.positions)
+        for layer in self.self_layers:
+            hidden = layer(hidden, rotary, layout)
+        k, v = self.shared_kv(hidden, rotary)
+        summaries = None
+        if self.config.sparse_mode != "dense":
+            summaries = block_summaries(k.detach(), self.config.sparse_block_n, layout.cu_seqlens)
+        for layer in self.cross_layers:
+            hidden = layer(hidden, k, v, summaries, rotary, layout)
+        hidden = self.norm(hidden)
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            return layout.unpack(hidden)
+        kept = Kept.of(layout, logits_to_keep)
+        positions, places = kept.within(layout)
+        return _placed(hidden.flatten(0, 1)[locate(layout, positions)[0]], places, len(layout.counts), kept.width)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: SharedKVCache | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+        logits_to_keep: int | Tensor = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Tensor, SharedKVCache]:
+        """As `DiffV2YocoForCausalLM.prefill`, but for hidden states `[B, K, hidden_size]`."""
+        self.config.check_sparsity()
+        inputs = _one_of(input_ids, inputs_embeds)
+        if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens: expected a positive int, got {chunk_tokens!r}")
+        B, T = inputs.shape[:2]
+        if cache is None:
+            cache = self.new_cache(B, max(T, self.config.max_position_embeddings))
+        if not isinstance(cache, SharedKVCache):
+            raise ValueError(f"cache: expected a SharedKVCache, as from `new_cache`, got {type(cache).__name__}")
+        cache.check(self.cache_spec(), B)
+        layout = Layout.of(inputs, attention_mask, cache.tokens)
+        cache.check_room(layout.counts)
+        kept = Kept.of(layout, logits_to_keep)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -T:]
+        hidden, places = [], []
+        with cache.transaction():
+            for start in range(0, T, chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                own_mask = None if layout.index is None else attention_mask[:, chunk]
+                own = Layout.of(inputs[:, chunk], own_mask, cache.tokens)
+                positions, own_places = kept.within(own)
+                hidden.append(self._extend(self._embed(inputs[:, chunk]), own, cache, positions))
+                places.extend(own_places)
+                if progress is not None:
+                    progress(min(start + chunk_tokens, T), T)
+        return _placed(torch.cat(hidden), places, B, kept.width), cache
+
+    def _extend(self, embeds: Tensor, layout: Layout, cache: SharedKVCache, asked: list[Sequence[int]]) -> Tensor:
+        """Reads more tokens into the cache; hidden states `[K, hidden_size]` of those asked for, by sequence."""
+        if not sum(layout.counts):  # padding only
+            cache.columns += layout.width
+            return embeds.new_zeros(0, embeds.shape[-1])
+        hidden, rotary, states = layout.pack(embeds), self._rotary(layout.positions), []
+        for layer, state in zip(self.self_layers, cache.states):
+            hidden, state = layer.extend(hidden, rotary, layout, state)
+            states.append(state)
+        k, v = (x.flatten(0, 1) for x in self.shared_kv(hidden, rotary))
+        cache.append(k, v, *layout.located, layout.counts, layout.width)
+        cache.states = tuple(states)
+        choice, block_m = {}, 1
+        if self.config.sparse_mode != "dense" and self.config.sparse_block_m > 1:
+            block_m = self.config.sparse_block_m
+            choice = self.config.selection_options()
+            cache.check_held(choice, block_m, layout.starts)
+        reading = Reading.of(layout, asked, block_m)
+        held = cache.held if choice == cache.held_choice else (None,) * len(self.cross_layers)  # then no row is open
+        if reading.tokens.shape[0]:
+            hidden, rotary, open_rows = hidden.flatten(0, 1)[reading.tokens][None], self._rotary(reading.positions), []
+            for layer, rows in zip(self.cross_layers, held):
+                hidden, rows = layer.read(hidden, rotary, cache, reading, rows)
+                open_rows.append(rows)
+            hidden, held = self.norm(hidden)[0], tuple(open_rows)
+        else:
+            hidden = hidden.new_zeros(0, hidden.shape[-1])
+        cache.held, cache.held_choice = held, choice
+        return hidden if reading.asked is None else hidden[reading.asked]
+
+    def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
+        """An empty cache for sequences of up to `capacity` tokens, in the model's dtype and on its device."""
+        return SharedKVCache(self.cache_spec(), batch_size, capacity)
+
+    def cache_spec(self) -> CacheSpec:
+        config, weight = self.config, self.shared_kv.k_proj.weight
+        return CacheSpec(
+            self_decoder=config.self_decoder,
+            window=config.sliding_window,
+            self_layers=len(self.self_layers),
+            cross_layers=len(self.cross_layers),
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            position=f"{config.cross_position} {config.rope_theta}",
+            block_n=config.sparse_block_n,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def _embed(self, inputs: Tensor) -> Tensor:
+        return inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
+
+    def _rotary(self, positions: Tensor) -> Rotary:
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
+
+
+def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    if inputs.ndim != (2 if inputs_embeds is None else 3) or 0 in inputs.shape:
+        name, shape = ("input_ids", "[B, T]") if inputs_embeds is None else ("inputs_embeds", "[B, T, hidden_size]")
+        raise ValueError(f"{name}: expected {shape} with at least one token, got {tuple(inputs.shape)}")
+    return inputs
+
+
+def _placed(hidden: Tensor, places: list[int], B: int, K: int) -> Tensor:
+    """`[len(places), hidden_size]` at its places in `[B, K, hidden_size]`, zeros elsewhere."""
+    index = torch.tensor(places, dtype=torch.long, device=hidden.device)
+    return hidden.new_zeros(B * K, hidden.shape[-1]).index_copy(0, index, hidden).unflatten(0, (B, K))
+
+
+class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, GenerationMixin):
+    """`DiffV2YocoModel` with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: DiffV2YocoConfig):
+        super().__init__(config)
+        self.model = DiffV2YocoModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: SharedKVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **loss_args,
+    ) -> CausalLMOutputWithPast:
+        """Logits and, with `labels`, the loss.
+
+        Without a cache all positions are computed at once, with gradients; with one, see `prefill`.
+
+        Args:
+            input_ids: int64 `[B, T]`; or `inputs_embeds` `[B, T, hidden_size]`.
+            attention_mask: `[B, T]`, zeros where a token is padding, on either side; or wider, when it also covers
+                columns that the cache holds. Positions count real tokens only.
+            past_key_values: the cache of the tokens before these, from `new_cache` or an earlier call; the new ones are
+                appended.
+            labels: int64 `[B, T]`, −100 where there is no target; shifted by one here.
+            use_cache: True makes a cache for `max_position_embeddings` tokens where none is given; None makes none.
+            logits_to_keep: 0 is all T columns; n > 0 each sequence's last n tokens; an integer tensor those columns.
+            loss_args: passed to the loss, as Trainer's `num_items_in_batch`.
+
+        Returns:
+            logits `[B, K, vocab_size]`; those of padding mean nothing.
+
+        Raises:
+            ValueError: shapes disagree; the cache is full or another model's; an option that this model does not have.
+        """
+        for name in ("position_ids", "output_attentions", "output_hidden_states"):
+            value = loss_args.pop(name, None)
+            if value is not None and value is not False:
+                raise ValueError(f"{name}: not supported by this model; positions follow from attention_mask")
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_args)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: SharedKVCache | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+        logits_to_keep: int | Tensor = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Tensor, SharedKVCache]:
+        """Reads a prompt, or more of it, into a cache. The cross-decoder runs only for the positions whose logits are
+        kept.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds, logits_to_keep: as in `forward`.
+            cache: continued; None makes one for `max_position_embeddings` tokens, or the prompt's if it is longer.
+            chunk_tokens: columns read at once; the logits do not depend on it.
+            progress: called with (columns read, columns in all) after each chunk.
+
+        Returns:
+            logits `[B, K, vocab_size]` and the cache.
+
+        Raises:
+            ValueError: as `forward`. Whatever is raised, a cache that was passed in stays as it was.
+        """
+        hidden, cache = self.model.prefill(
+            input_ids,
+            attention_mask,
+            cache,
+            inputs_embeds=inputs_embeds,
+            chunk_tokens=chunk_tokens,
+            logits_to_keep=logits_to_keep,
+            progress=progress,
+        )
+        return self.lm_head(hidden), cache
+
+    def decode(self, input_ids: Tensor, cache: SharedKVCache) -> Tensor:
+        """Appends t tokens to every sequence: input_ids `[B, t]` → logits `[B, t, vocab_size]`. Errors as `prefill`."""
+        if cache is None:
+            raise ValueError("cache: expected a SharedKVCache, as from `new_cache` or `prefill`, got None")
+        return self.prefill(input_ids, cache=cache, logits_to_keep=0)[0]
+
+    def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
+        """An empty cache for sequences of up to `capacity` tokens, in the model's dtype and on its device."""
+        return self.model.new_cache(batch_size, capacity)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
+    ) -> None:
+        """Called by `generate`: the cache is ours, with room for the prompt and what will be generated."""
+        if generation_mode == "assisted_generation":
+            raise ValueError(
+                "assistant_model, prompt_lookup_num_tokens: not supported, this cache cannot be cut back yet"
+            )
+        if generation_config.cache_implementation is not None:
+            raise ValueError(f"cache_implementation: expected None, got {generation_config.cache_implementation!r}")
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            sequences = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = self.new_cache(sequences, max_cache_length)

@@ -1,0 +1,80 @@
+"""Transformers' `generate` over the shared cache: the same tokens with and without it, alone and in a padded batch."""
+
+import pytest
+import torch
+
+from tests.tiny_yoco import VOCAB, ragged_tokens, tiny_model
+
+SELF_DECODERS = ("sliding_window", "gated_retention")
+PADS = (0, 7, 20)
+
+
+@pytest.mark.parametrize("self_decoder", SELF_DECODERS)
+@pytest.mark.parametrize(("mode", "block_m"), [("dense", 1), ("pair_mean", 1), ("per_class", 3)])
+def test_greedy(self_decoder, mode, block_m):
+    model = tiny_model(self_decoder=self_decoder, sparse_mode=mode, sparse_block_m=block_m)
+    tokens, mask = ragged_tokens(27, PADS)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    generated = model.generate(tokens, attention_mask=mask, **options)
+    assert generated.shape == (3, 36)
+    assert torch.equal(generated, model.generate(tokens, attention_mask=mask, use_cache=False, **options))
+    assert torch.equal(generated, model.generate(tokens, attention_mask=mask, prefill_chunk_size=6, **options))
+    for b, pad in enumerate(PADS):
+        assert torch.equal(generated[b, pad:], model.generate(tokens[b : b + 1, pad:], **options)[0])
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3}])
+@pytest.mark.parametrize("self_decoder", SELF_DECODERS)
+def test_samples_and_beams(options, self_decoder):
+    model = tiny_model(self_decoder=self_decoder, sparse_mode="pair_mean", sparse_block_m=3)
+    tokens, mask = ragged_tokens(27, PADS)
+    generated = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        generated.append(model.generate(tokens, attention_mask=mask, max_new_tokens=8, use_cache=use_cache, **options))
+    assert torch.equal(*generated)
+    assert len(generated[0]) == 3 * options.get("num_return_sequences", 1)
+
+
+def test_a_cache_is_continued():
+    model = tiny_model(sparse_mode="pair_mean")
+    tokens, mask = ragged_tokens(20, (0, 7))
+    cache = model.new_cache(2, 60)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    first = model.generate(tokens, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options)
+    assert first.past_key_values is cache
+    assert cache.get_seq_length() == 25  # the last token generated has not been read
+    tokens = torch.cat([first.sequences, torch.randint(1, VOCAB, (2, 4))], 1)
+    mask = torch.cat([mask, mask.new_ones(2, 10)], 1)
+    continued = model.generate(tokens, attention_mask=mask, past_key_values=cache, **options)
+    assert torch.equal(continued, model.generate(tokens, attention_mask=mask, **options))
+
+
+def test_generation_ends_at_the_end_of_sequence():
+    model = tiny_model()
+    tokens = torch.randint(1, VOCAB, (2, 12))
+    options = {"max_new_tokens": 10, "do_sample": False}
+    free = model.generate(tokens, **options)
+    end = free[0, 15].item()
+    ended = model.generate(tokens, eos_token_id=end, **options)
+    stop = 12 + free[0, 12:].tolist().index(end)
+    assert torch.equal(ended[0, : stop + 1], free[0, : stop + 1])
+    assert not ended[0, stop + 1 :].any()  # padding
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: not supported"),
+        ({"cache_implementation": "static"}, "cache_implementation: expected None, got 'static'"),
+    ],
+)
+def test_ways_to_generate_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=4, **options)
+
+
+def test_a_cache_that_is_too_small_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="at most 10 tokens per sequence"):
+        model.generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=9, past_key_values=model.new_cache(1, 10))
