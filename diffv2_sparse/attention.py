@@ -3,12 +3,15 @@
     o[p] = softmax(q_2p kᵀ · scale) v − sigmoid(lam_logit[p]) · softmax(q_2p+1 kᵀ · scale) v
 
 `backend="auto"` takes, in this order: on CUDA, dense and windowed calls go to flash-attn where it is installed and the
-dtype is 16-bit, dense ones else to torch's scaled_dot_product_attention; everything else, and every call on a CPU, to
-"torch". A backend that is named is used or raises; it never falls back. Source: microsoft/unilm, Diff-Transformer-V2.
+dtype is 16-bit, and a selection that holds much of a short sequence's keys to masked SDPA; everything else, and every
+call on a CPU, to "torch", which hands dense calls to SDPA. A backend that is named is used or raises; it never falls
+back. Source: microsoft/unilm, Diff-Transformer-V2.
 """
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +22,7 @@ from .selection import BlockSelection, check_cu_seqlens
 if TYPE_CHECKING:
     from .cache import PagedKV
 
-BACKENDS = ("auto", "torch", "flex", "flash", "reference")
+BACKENDS = ("auto", "triton", "torch", "flex", "flash", "reference")
 PAGED_BACKENDS = ("auto", "torch")
 
 
@@ -48,16 +51,16 @@ def diff_attention(
             `selection.validate` on hand-built lists. Together with `window` it is their intersection.
         scale: of the logits; D ** -0.5 by default.
         window: a token sees itself and the `window − 1` before it.
-        backend: "auto", "torch" (any device), "flex" (FlexAttention), "flash" (flash-attn; dense and windowed) or
-            "reference".
+        backend: "auto", "triton" (CUDA), "torch" (any device), "flex" (FlexAttention), "flash" (flash-attn; dense and
+            windowed) or "reference".
         return_lse: also return the log-sum-exp of each head's logits; no gradient flows through it.
         cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, bounds of N packed sequences; then q is `[1, ΣT, HQ, D]`, k and v
             `[1, ΣS, H, D]`.
 
     Returns:
-        o `[B, T, HO, D]` in q's dtype, HO = HQ // 2 (HQ without lam_logit); with `return_lse` also lse float32 `[B,
-        HQ, T]`, natural logarithm. A token with no visible selected key gets 0 from that class, lse −inf and zero
-        gradients.
+        o `[B, T, HO, D]` in q's dtype, HO = HQ // 2 (HQ without lam_logit); with `return_lse` also lse float32 (float64
+        for float64) `[B, HQ, T]`, natural logarithm. A token with no visible selected key gets 0 from that class, lse
+        −inf and zero gradients.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; HQ is no multiple of H, or HQ / H is odd with lam_logit (a pair
@@ -70,6 +73,10 @@ def diff_attention(
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto":
+        if window is None and not packed and not return_lse and _masking_is_cheaper(q, k, selection):
+            from .adapters import sdpa_masked_attention
+
+            return sdpa_masked_attention(q, k, v, lam_logit, selection, scale=scale)
         backend = _automatic(q, selection)
     if backend == "reference":
         from .reference import reference_attention
@@ -108,15 +115,27 @@ def diff_attention(
         if packed:
             raise ValueError('backend: "flex" takes no cu_seqlens; "torch" does')
         return flex_attention(q, k, v, lam_logit, selection, scale=scale, window=window, return_lse=return_lse)
+    if backend == "triton":
+        _require_triton(q)
+        from .ops import triton_attention
+
+        o, lse = triton_attention(
+            q,
+            k,
+            v,
+            lam_logit,
+            selection,
+            scale=scale,
+            window=window,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+        return (o, lse) if return_lse else o
     dense = selection is None and window is None
     if dense and not packed and not return_lse and (q.shape[1] in (1, k.shape[1]) or q.is_cuda):
         from .adapters import sdpa_attention
 
         return sdpa_attention(q, k, v, lam_logit, scale=scale)
-    if _masking_is_cheaper(q, k, selection) and window is None and not packed and not return_lse:
-        from .adapters import sdpa_masked_attention
-
-        return sdpa_masked_attention(q, k, v, lam_logit, selection, scale=scale)
     from .blockwise import blockwise_attention
 
     o, lse = blockwise_attention(
@@ -160,15 +179,23 @@ def diff_attention_paged(
     """
     if backend not in PAGED_BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(PAGED_BACKENDS)} for paged keys, got {backend!r}")
+    if not all(hasattr(pages, name) for name in ("k_pages", "v_pages", "page_table", "lengths")):
+        raise ValueError(f"pages: expected a PagedKV, got {type(pages).__name__}")
     k_pages, v_pages, page_table = pages.k_pages, pages.v_pages, pages.page_table
-    if q.ndim != 4:
-        raise ValueError(f"q: expected [B, T, HQ, D], got shape {tuple(q.shape)}")
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"q: expected [B, T, HQ, D], no 0 among them, got shape {tuple(q.shape)}")
     B, T, HQ, D = q.shape
     if page_table.ndim != 3 or page_table.shape[0] != B or pages.lengths.shape != (B,):
         raise ValueError(
             f"pages: expected page_table [{B}, H, NP] and lengths [{B}] to go with q, "
             f"got {tuple(page_table.shape)} and {tuple(pages.lengths.shape)}"
         )
+    for name in ("page_table", "lengths"):
+        x = getattr(pages, name)
+        if x.dtype != torch.int32 or x.device != q.device:
+            raise ValueError(f"pages: expected {name} int32 on {q.device} like q, got {x.dtype} on {x.device}")
+    if 0 in page_table.shape or 0 in k_pages.shape:
+        raise ValueError(f"pages: expected at least one, got {tuple(page_table.shape)} of {tuple(k_pages.shape)}")
     if k_pages.ndim != 3 or k_pages.shape != v_pages.shape or k_pages.shape[2] != D:
         raise ValueError(
             f"pages: expected k_pages and v_pages [P, block_n, {D}], got {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
@@ -195,8 +222,21 @@ def _automatic(q: Tensor, selection: BlockSelection | None) -> str:
     return "torch"
 
 
+def _require_triton(q: Tensor) -> None:
+    """Raises unless the kernels can run on these tensors."""
+    if find_spec("triton") is None:
+        raise ImportError('backend: "triton" needs the package triton; "torch" runs anywhere')
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f'backend: "triton" needs CUDA tensors, got {q.device}; "torch" runs anywhere')
+    if q.dtype == torch.float64 or q.shape[-1] > 256:
+        raise ValueError(
+            f'backend: "triton" takes 16-bit and float32 tensors with D ≤ 256, got {q.dtype} and D = {q.shape[-1]}; '
+            '"torch" takes any'
+        )
+
+
 def _masking_is_cheaper(q: Tensor, k: Tensor, selection: BlockSelection | None) -> bool:
-    """Where "torch" computes a selection as masked dense attention: on a GPU, for lists that hold at least a sixteenth
+    """Whether "auto" computes a selection as masked dense attention: on a GPU, for lists that hold at least a sixteenth
     of the keys, while the mask stays below 4 GiB.
     """
     if selection is None or not q.is_cuda:
@@ -209,8 +249,11 @@ def _masking_is_cheaper(q: Tensor, k: Tensor, selection: BlockSelection | None) 
 def _check_call(q, k, v, lam_logit, selection, window, cu_seqlens_q, cu_seqlens_k) -> bool:
     """Returns whether the call is packed."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(f"{name}: expected floating point [B, tokens, heads, D], got {x.dtype} {tuple(x.shape)}")
+        if x.ndim != 4 or 0 in x.shape or not x.is_floating_point():
+            raise ValueError(
+                f"{name}: expected floating point [B, tokens, heads, D], no 0 among them, "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
     B, T, _, D = q.shape
     if k.shape[0] != B or k.shape[3] != D:
         raise ValueError(f"k: expected [{B}, S, H, {D}] to go with q, got {tuple(k.shape)}")
@@ -218,9 +261,9 @@ def _check_call(q, k, v, lam_logit, selection, window, cu_seqlens_q, cu_seqlens_
         raise ValueError(f"v: expected shape {tuple(k.shape)} like k, got {tuple(v.shape)}")
     _check_heads(q, k.shape[2], lam_logit)
     _check_like_q(q, k=k, v=v)
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"window: expected a positive int, got {window!r}")
-    packed = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, B, T, k.shape[1])
+    packed = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, B, T, k.shape[1], q.device)
     S = k.shape[1]
     if T > S:
         raise ValueError(f"q: expected at most as many queries as keys under causality, got T = {T} > S = {k.shape[1]}")
@@ -231,8 +274,6 @@ def _check_call(q, k, v, lam_logit, selection, window, cu_seqlens_q, cu_seqlens_
 
 def _check_heads(q: Tensor, H: int, lam_logit: Tensor | None) -> None:
     B, T, HQ, _ = q.shape
-    if T == 0:
-        raise ValueError("q: expected at least one query token, got T = 0")
     if H == 0 or HQ % H:
         raise ValueError(f"q: expected HQ a multiple of the {H} KV heads, got HQ = {HQ}")
     if lam_logit is None:
@@ -244,6 +285,8 @@ def _check_heads(q: Tensor, H: int, lam_logit: Tensor | None) -> None:
         )
     if lam_logit.shape != (B, T, HQ // 2):
         raise ValueError(f"lam_logit: expected [{B}, {T}, {HQ // 2}], got {tuple(lam_logit.shape)}")
+    if not lam_logit.is_floating_point():
+        raise ValueError(f"lam_logit: expected floating point, got {lam_logit.dtype}")
     if lam_logit.device != q.device:
         raise ValueError(f"lam_logit: expected on {q.device} like q, got {lam_logit.device}")
 

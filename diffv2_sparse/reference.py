@@ -58,7 +58,7 @@ def reference_attention(
     weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     o = torch.einsum("bhts,bshd->bthd", weights, v)
     if lam_logit is not None:
-        o = o[:, :, 0::2] - torch.sigmoid(lam_logit)[..., None] * o[:, :, 1::2]
+        o = (o[:, :, 0::2] - torch.sigmoid(lam_logit)[..., None] * o[:, :, 1::2]).to(q.dtype)
     return (o, lse.to(torch.promote_types(torch.float32, lse.dtype))) if return_lse else o
 
 

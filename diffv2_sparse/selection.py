@@ -71,7 +71,14 @@ def query_rows(
     return QueryRows(sequence, starts + first, tokens, key_tokens - query_tokens + first)
 
 
-def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, B: int, T: int, S: int | None) -> bool:
+def check_cu_seqlens(
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    B: int,
+    T: int,
+    S: int | None,
+    device: torch.device,
+) -> bool:
     """Whether the call is packed. On a CPU the bounds are read and checked too; S None leaves the last key bound open.
 
     Raises:
@@ -85,6 +92,8 @@ def check_cu_seqlens(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, B
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if bounds.ndim != 1 or bounds.dtype != torch.int32 or bounds.shape[0] < 2:
             raise ValueError(f"{name}: expected int32 [sequences + 1], got {bounds.dtype} {tuple(bounds.shape)}")
+        if bounds.device != device:
+            raise ValueError(f"{name}: expected on {device} like q, got {bounds.device}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_k: expected {cu_seqlens_q.shape[0]} bounds like cu_seqlens_q, got {len(cu_seqlens_k)}"
@@ -128,6 +137,8 @@ class BlockSelection:
             raise ValueError(f"indices: expected [B, C, H, NM, NB], got shape {tuple(self.indices.shape)}")
         if self.counts.shape != self.indices.shape[:-1]:
             raise ValueError(f"counts: expected shape {tuple(self.indices.shape[:-1])}, got {tuple(self.counts.shape)}")
+        if 0 in self.indices.shape:
+            raise ValueError(f"indices: expected no empty dimension, got shape {tuple(self.indices.shape)}")
         if self.indices.shape[1] not in (1, 2):
             raise ValueError(f"indices: expected one or two classes in dimension 1, got {self.indices.shape[1]}")
         for name in ("indices", "counts"):
@@ -136,7 +147,7 @@ class BlockSelection:
         if self.indices.device != self.counts.device:
             raise ValueError(f"counts: expected on {self.indices.device} like indices, got {self.counts.device}")
         for name in ("block_m", "block_n"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive int, got {getattr(self, name)!r}")
 
     @property
@@ -162,6 +173,11 @@ class BlockSelection:
         if got != expected:
             raise ValueError(f"selection: expected (B, H, NM) = {expected} (NM: {said}), got {got}")
 
+    def _check_lengths(self, T: int, S: int | Tensor, cu_seqlens_q: Tensor | None = None) -> None:
+        self.check_rows(self.indices.shape[0], T, self.indices.shape[2], cu_seqlens_q)
+        if not isinstance(S, Tensor) and T > S:
+            raise ValueError(f"T: expected at most S = {S}, got {T}")
+
     def validate(
         self, T: int, S: int, *, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None
     ) -> None:
@@ -172,6 +188,8 @@ class BlockSelection:
                 exist.
         """
         B, _, H, NM, NB = self.indices.shape
+        if T > S:
+            raise ValueError(f"T: expected at most S = {S}, got {T}")
         layout = query_rows(
             B, T, S, self.block_m, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, device=self.indices.device
         )
@@ -191,32 +209,36 @@ class BlockSelection:
             raise ValueError("indices: listed blocks must ascend without repeats")
 
     def density(
-        self, T: int, S: int, *, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None
+        self, T: int, S: int | Tensor, *, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None
     ) -> Tensor:
-        """Selected visible keys over causally visible keys, the mean over query tokens, groups and classes; a
-        float32 scalar.
+        """Selected visible keys over causally visible keys, the mean over query tokens, groups and classes.
+
+        Args:
+            T, S: query and key tokens; S may be an integer tensor `[B]`, keys of each sequence. Tokens that stand
+                before their sequence's first key do not count.
+            cu_seqlens_q, cu_seqlens_k: bounds of packed sequences.
+
+        Returns:
+            A float32 scalar tensor.
         """
-        rows = query_rows(
-            self.indices.shape[0],
-            T,
-            S,
-            self.block_m,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            device=self.indices.device,
-        )
+        self._check_lengths(T, S, cu_seqlens_q)
+        bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        rows = query_rows(self.indices.shape[0], T, S, self.block_m, **bounds, device=self.indices.device)
         indices, counts = self.by_row()
         listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]  # [C, H, R, NB]
         starts = torch.where(listed, indices.long() * self.block_n, torch.iinfo(torch.int64).max // 2)
-        total = torch.zeros((), device=indices.device)
+        total, tokens = torch.zeros((), device=indices.device), torch.zeros((), device=indices.device)
         for t in range(self.block_m):
             visible = rows.position + t + 1  # [R]
+            real = (t < rows.tokens) & (visible > 0)
             selected = (visible[:, None] - starts).clamp(0, self.block_n).sum(-1)  # [C, H, R]
-            total += torch.where(t < rows.tokens, selected / visible, 0.0).float().sum()
-        return total / (rows.tokens.sum() * counts.shape[0] * counts.shape[1])
+            total += torch.where(real, selected / visible.clamp(min=1), 0.0).float().sum()
+            tokens += real.sum()
+        return total / (tokens * counts.shape[0] * counts.shape[1])
 
     def to_mask(self, T: int, S: int) -> Tensor:
         """Which keys each token sees, causality included: bool `[B, C, H, T, S]`. For tests and pictures."""
+        self._check_lengths(T, S)
         B, C, H, NM, NB = self.indices.shape
         NN = -(-S // self.block_n)
         listed = torch.arange(NB, device=self.indices.device) < self.counts[..., None]
@@ -242,6 +264,7 @@ class BlockSelection:
         B, C, H, NM, NB = self.indices.shape
         if self.block_m < 16:
             raise ValueError(f"block_m: FlexAttention needs at least 16 tokens per row, got {self.block_m}")
+        self._check_lengths(T, S)
         if HQ % (C * H):
             raise ValueError(f"HQ: expected a multiple of {C * H} (classes × KV heads), got {HQ}")
         rows = query_rows(1, T, S, self.block_m, device=self.indices.device)

@@ -32,7 +32,7 @@ class TopK:
     blocks: int
 
     def __post_init__(self):
-        if not isinstance(self.blocks, int) or self.blocks < 1:
+        if type(self.blocks) is not int or self.blocks < 1:
             raise ValueError(f"blocks: expected a positive int, got {self.blocks!r}")
 
     @property
@@ -50,9 +50,9 @@ class TopP:
     max_blocks: int
 
     def __post_init__(self):
-        if not 0 < self.mass <= 1:
+        if not isinstance(self.mass, int | float) or not 0 < self.mass <= 1:
             raise ValueError(f"mass: expected in (0, 1], got {self.mass!r}")
-        if not isinstance(self.max_blocks, int) or self.max_blocks < 1:
+        if type(self.max_blocks) is not int or self.max_blocks < 1:
             raise ValueError(f"max_blocks: expected a positive int, got {self.max_blocks!r}")
 
 
@@ -133,8 +133,8 @@ def select_blocks(
         cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, the bounds of packed sequences.
 
     Returns:
-        BlockSelection with NB = the (larger) budget. On a CPU and for block_m = 1 nothing is read back from the
-        device; packed rows of block_m > 1 read their number.
+        BlockSelection with NB = the (larger) budget. Nothing is read back from the device, except the bounds of packed
+        sequences. A row before its sequence's first key, where T exceeds a length in `key_tokens`, gets an empty list.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, T > S, an unknown mode, an odd group where a mode needs pairs,
@@ -255,10 +255,10 @@ class _Chooser:
         allows.
         """
         NC, NB = scores.shape[-1], indices.shape[-1]
-        first_own = (position // self.block_n)[
-            :, None, None, :, None
-        ]  # [B, 1, 1, rows, 1]: also the number of candidates
-        own = ((position + tokens - 1) // self.block_n)[:, None, None, :, None] - first_own + 1
+        # blocks that the row overlaps; none where it ends before its sequence's first key, in one shorter than T
+        first_own = (position // self.block_n).clamp(min=0)  # also the number of candidates
+        own = ((position + tokens - 1) // self.block_n - first_own + 1).clamp(min=0)
+        first_own, own = (x[:, None, None, :, None] for x in (first_own, own))  # [B, 1, 1, rows, 1]
         block = torch.arange(NC, device=scores.device)
         forced = (block < self.sink_blocks) | (block > first_own - self.local_blocks)
         candidate = block < first_own
@@ -266,7 +266,9 @@ class _Chooser:
         rank = torch.where(forced, scores.new_tensor(2.0), scores).where(candidate, scores.new_tensor(-1.0))
         rank = torch.nan_to_num(rank, nan=0.0)  # NaN in q: some list of existing blocks, never an invalid one
         for c, budget in enumerate(self.budgets):
-            room = torch.minimum(budget.max_blocks - own, first_own).expand(*counts[:, :1].shape, 1).clone()
+            room = (
+                torch.minimum(budget.max_blocks - own, first_own.clamp(max=NC)).expand(*counts[:, :1].shape, 1).clone()
+            )
             most = min(budget.max_blocks - 1, NC)
             keep = torch.zeros_like(rank[:, c : c + 1], dtype=torch.bool)
             if most > 0:
@@ -307,7 +309,7 @@ def _check_sizes(block_m, block_n, sink_blocks, local_blocks, mode, row_queries)
         ("sink_blocks", sink_blocks, 0),
         ("local_blocks", local_blocks, 1),
     ):
-        if not isinstance(value, int) or value < least:
+        if type(value) is not int or value < least:
             raise ValueError(f"{name}: expected an int ≥ {least}, got {value!r}")
     if mode not in ("pair_mean", "per_class", "per_head"):
         raise ValueError(f'mode: expected "pair_mean", "per_class" or "per_head", got {mode!r}')
@@ -341,6 +343,8 @@ def _check_tensors(q, k, summaries, key_tokens, mode, block_n, cu_seqlens_q, cu_
         raise ValueError("k, summaries: expected exactly one of the two")
     name, keys = ("k", k) if summaries is None else ("summaries", summaries)
     B, T, HQ, D = q.shape
+    if 0 in q.shape:
+        raise ValueError(f"q: expected no empty dimension, got shape {tuple(q.shape)}")
     if keys.ndim != 4 or keys.shape[0] != B or keys.shape[3] != D:
         raise ValueError(f"{name}: expected [{B}, tokens or blocks, H, {D}] to go with q, got {tuple(keys.shape)}")
     if keys.dtype != q.dtype or keys.device != q.device:
@@ -350,9 +354,11 @@ def _check_tensors(q, k, summaries, key_tokens, mode, block_n, cu_seqlens_q, cu_
         raise ValueError(f"q: expected HQ a multiple of the {H} KV heads, got HQ = {HQ}")
     if mode != "per_head" and (HQ // H) % 2:
         raise ValueError(f"q: mode {mode!r} needs whole pairs in each group, got HQ / H = {HQ // H} (odd)")
-    if check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, B, T, None if k is None else k.shape[1]):
+    if check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, B, T, None if k is None else k.shape[1], q.device):
         if key_tokens is not None:
             raise ValueError("key_tokens: packed sequences take their lengths from cu_seqlens_k")
+        if summaries is not None and q.device.type == "cpu":
+            _check_number(summaries, int((cu_seqlens_k.diff() // block_n).sum()), "the packed keys")
         return 0
     if summaries is None:
         if key_tokens is not None:
@@ -363,11 +369,21 @@ def _check_tensors(q, k, summaries, key_tokens, mode, block_n, cu_seqlens_q, cu_
     elif isinstance(key_tokens, Tensor):
         if key_tokens.shape != (B,) or key_tokens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"key_tokens: expected integers [{B}], got {key_tokens.dtype} {tuple(key_tokens.shape)}")
-        return key_tokens.to(q.device)
+        if key_tokens.device != q.device:
+            raise ValueError(f"key_tokens: expected on {q.device} like q, got {key_tokens.device}")
+        if q.device.type == "cpu":
+            _check_number(summaries, int(key_tokens.max()) // block_n, f"{int(key_tokens.max())} keys")
+        return key_tokens
+    elif type(key_tokens) is not int:
+        raise ValueError(f"key_tokens: expected an int or an integer tensor, got {key_tokens!r}")
     else:
         S = key_tokens
-        if summaries.shape[1] < S // block_n:
-            raise ValueError(f"summaries: expected at least {S // block_n} for {S} keys, got {summaries.shape[1]}")
+        _check_number(summaries, S // block_n, f"{S} keys")
     if T > S:
         raise ValueError(f"q: expected at most as many queries as keys under causality, got T = {T} > S = {S}")
     return S
+
+
+def _check_number(summaries: Tensor, needed: int, keys: str) -> None:
+    if summaries.shape[1] < needed:
+        raise ValueError(f"summaries: expected at least {needed} for {keys}, got {summaries.shape[1]}")

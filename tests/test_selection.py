@@ -28,6 +28,20 @@ def test_density_and_transpose_agree_with_the_mask(B, T, S, H, block_m, block_n,
             assert rows[b, c, h, a:z].tolist() == expected
 
 
+def test_density_of_sequences_of_different_lengths():
+    """A token before its sequence's first key does not count."""
+    lengths = [20, 7, 2]
+    selection = random_selection(3, 4, 20, 2, block_m=1, block_n=4)
+    shares = []
+    for b, h, t in ((b, h, t) for b in range(3) for h in range(2) for t in range(4)):
+        blocks = selection.indices[b, 0, h, t][: selection.counts[b, 0, h, t]].tolist()
+        visible = range(lengths[b] - 4 + t + 1)
+        if visible:
+            shares.append(sum(s // 4 in blocks for s in visible) / len(visible))
+    expected = torch.tensor(sum(shares) / len(shares))
+    torch.testing.assert_close(selection.density(4, torch.tensor(lengths)), expected)
+
+
 def test_density_of_packed_sequences():
     q, k = torch.randn(1, 50, 4, 8), torch.randn(1, 90, 2, 8)
     cu_q, cu_k = torch.tensor([0, 20, 50]).int(), torch.tensor([0, 60, 90]).int()
@@ -75,6 +89,15 @@ def test_block_mask_refuses():
         random_selection(1, 32, 32, 2, C=2).to_block_mask(32, 32, 6)
 
 
+def test_views_refuse_other_lengths():
+    selection = random_selection(1, 32, 32, 2)
+    for view in (selection.density, selection.to_mask, lambda T, S: selection.to_block_mask(T, S, 4)):
+        with pytest.raises(ValueError, match="selection: expected"):
+            view(48, 48)
+        with pytest.raises(ValueError, match="T: expected at most S = 31"):
+            view(32, 31)
+
+
 INDICES, COUNTS = torch.zeros(1, 1, 2, 4, 3, dtype=torch.int32), torch.zeros(1, 1, 2, 4, dtype=torch.int32)
 
 
@@ -86,6 +109,7 @@ INDICES, COUNTS = torch.zeros(1, 1, 2, 4, 3, dtype=torch.int32), torch.zeros(1, 
         ((INDICES, COUNTS[..., :3], 16, 16), "counts: expected shape"),
         ((INDICES.long(), COUNTS, 16, 16), "indices: expected int32"),
         ((INDICES, COUNTS.float(), 16, 16), "counts: expected int32"),
+        ((INDICES[..., :0], COUNTS, 16, 16), "no empty dimension"),
         ((INDICES, COUNTS, 0, 16), "block_m: expected a positive int"),
         ((INDICES, COUNTS, 16, 1.5), "block_n: expected a positive int"),
     ],

@@ -1,4 +1,4 @@
-"""`select_blocks` against a brute-force selector that follows DESIGN's rules one row at a time."""
+"""`select_blocks` against a brute-force selector that follows the rules of its docstring one row at a time."""
 
 import math
 
@@ -110,6 +110,26 @@ def test_float32_lists_are_those_of_float64(device):
     assert torch.equal(select_blocks(q, k, **options).indices, select_blocks(q.double(), k.double(), **options).indices)
 
 
+@pytest.mark.parametrize("mode", ["per_class", "per_head"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_scores_are_summed_in_float32(dtype, mode, device):
+    """Rounded summaries are all that 16-bit keys cost: with those, float64 chooses the same lists."""
+    q, k = (torch.randn(1, 200, heads, 32, device=device).to(dtype) for heads in (8, 2))
+    options = {"mode": mode, "budget": TopK(6), "block_m": 1, "block_n": 8}
+    summaries = block_summaries(k, 8)
+    wide = select_blocks(q.double(), summaries=summaries.double(), key_tokens=200, **options)
+    assert torch.equal(select_blocks(q, k, **options).indices, wide.indices)
+
+
+def test_sequences_shorter_than_the_queries_get_empty_lists(device):
+    lengths = torch.tensor([16, 3, 0], dtype=torch.int32, device=device)
+    q, summaries = torch.randn(3, 8, 4, 8, device=device), torch.randn(3, 4, 2, 8, device=device)
+    got = select_blocks(q, summaries=summaries, key_tokens=lengths, budget=TopK(4), block_m=1, block_n=4)
+    assert (got.counts[1, 0, 0] > 0).tolist() == [False] * 5 + [True] * 3
+    assert not got.counts[2].any()
+    assert (got.indices >= 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_ties_go_to_the_lower_block(dtype, device):
     """All keys equal: every free candidate has the same score, so the lowest win."""
@@ -210,6 +230,19 @@ GOOD = {"budget": TopK(6), "block_m": 4, "block_n": 8}
         ({"k": torch.randn(2, 40, 2, 8)}, "k: expected"),
         ({"k": None, "summaries": torch.randn(1, 5, 2, 8)}, "key_tokens: expected the number"),
         ({"k": None, "summaries": torch.randn(1, 4, 2, 8), "key_tokens": 40}, "summaries: expected at least 5"),
+        ({"k": None, "summaries": torch.randn(1, 4, 2, 8), "key_tokens": torch.tensor([40])}, "at least 5 for 40 keys"),
+        ({"k": None, "summaries": torch.randn(1, 5, 2, 8), "key_tokens": 40.0}, "key_tokens: expected an int"),
+        (
+            {
+                "k": None,
+                "summaries": torch.randn(1, 4, 2, 8),
+                "cu_seqlens_q": torch.tensor([0, 16, 32]).int(),
+                "cu_seqlens_k": torch.tensor([0, 20, 44]).int(),
+            },
+            "at least 5 for the packed keys",
+        ),
+        ({"q": torch.randn(0, 32, 4, 8), "k": torch.randn(0, 40, 2, 8)}, "q: expected no empty dimension"),
+        ({"block_m": True}, "block_m: expected an int"),
         ({"cu_seqlens_q": torch.tensor([0, 32], dtype=torch.int32)}, "expected both or neither"),
         (
             {"cu_seqlens_q": torch.tensor([0, 9, 30]).int(), "cu_seqlens_k": torch.tensor([0, 9, 40]).int()},
@@ -228,6 +261,14 @@ def test_bad_input(change, message):
 
 
 def test_budget_values():
-    for bad in (lambda: TopK(0), lambda: TopK(1.5), lambda: TopP(0.0, 4), lambda: TopP(1.1, 4), lambda: TopP(0.5, 0)):
+    for bad in (
+        lambda: TopK(0),
+        lambda: TopK(1.5),
+        lambda: TopK(True),
+        lambda: TopP("x", 4),
+        lambda: TopP(0.0, 4),
+        lambda: TopP(1.1, 4),
+        lambda: TopP(0.5, 0),
+    ):
         with pytest.raises(ValueError, match="expected"):
             bad()
