@@ -35,11 +35,12 @@ def blockwise_attention(
     *,
     scale: float,
     window: int | None,
+    return_lse: bool,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Arguments as `diff_attention`, already validated. Returns o `[B, T, HO, D]` and lse `[B, HQ, T]`;
-    differentiable but for lse.
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments as `diff_attention`, already validated. Returns o `[B, T, HO, D]` and, where it was asked for, lse
+    `[B, HQ, T]`; differentiable but for lse.
     """
     B, T, HQ, D = q.shape
     lists = _lists(q, k.shape[1], selection, window, cu_seqlens_q, cu_seqlens_k)
@@ -49,8 +50,10 @@ def blockwise_attention(
     paging = _Paging.of(k, lists.block_n, cu_seqlens_k)
     walk = _Walk(rows, lists, paging.page_table, scale, window)
     lam = None if lam_logit is None else lam_logit.flatten(0, 1)
-    o, lse = _Blockwise.apply(q.flatten(0, 1), paging.pages(k), paging.pages(v), lam, walk)
-    return o.unflatten(0, (B, T)), lse.unflatten(1, (B, T)).movedim(1, 0)
+    inputs = q.flatten(0, 1), paging.pages(k), paging.pages(v), lam
+    differentiates = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, lse = _Blockwise.apply(*inputs, walk, return_lse or differentiates)
+    return o.unflatten(0, (B, T)), lse.unflatten(1, (B, T)).movedim(1, 0) if return_lse else None
 
 
 def blockwise_paged(
@@ -73,7 +76,7 @@ def blockwise_paged(
     rows = query_rows(B, T, lengths, lists.block_m, device=q.device)
     walk = _Walk(rows, lists, page_table.long(), scale, None)
     lam = None if lam_logit is None else lam_logit.flatten(0, 1)
-    return walk.forward(q.flatten(0, 1), k_pages, v_pages, lam)[0].unflatten(0, (B, T))
+    return walk.forward(q.flatten(0, 1), k_pages, v_pages, lam, False)[0].unflatten(0, (B, T))
 
 
 # --- which blocks a chunk of rows reads ---
@@ -295,25 +298,30 @@ class _Walk:
         hidden_part.masked_fill_(chunk.plan.hidden, float("-inf"))
         return logits
 
-    def forward(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, lam_logit: Tensor | None) -> tuple[Tensor, Tensor]:
-        """o `[N, HO, D]` in q's dtype and lse `[HQ, N]`."""
+    def forward(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, lam_logit: Tensor | None, wants_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """o `[N, HO, D]` in q's dtype and lse `[HQ, N]`, which is left empty unless wanted."""
         N, HQ, D = q.shape
         H, dtype, scratch = self.page_table.shape[1], k_pages.dtype, _Scratch(q.device)
         # shorter rows write to one token more, which is cut off again
         o = q.new_empty(N + 1, HQ if lam_logit is None else HQ // 2, D)
-        lse = q.new_empty(N + 1, HQ, dtype=torch.promote_types(torch.float32, q.dtype))
+        lse = q.new_empty((N + 1) * wants_lse, HQ, dtype=torch.promote_types(torch.float32, q.dtype))
         lam = None if lam_logit is None else torch.sigmoid(lam_logit.to(lse.dtype))
         for classes in self.chunks(q, k_pages, v_pages, scratch):
             parts = []
             for chunk in classes:
                 logits = self.logits(self.queries(q, chunk, dtype), chunk, scratch)
-                peak = logits.amax(-1)
+                blinds = chunk.plan.clear == 0  # only then may a token see nothing
+                peak = logits.amax(-1) if wants_lse or blinds else None
                 weights = torch.softmax(logits, -1, out=logits)
                 out = (weights.to(dtype) @ chunk.v).to(lse.dtype)
-                blind = peak == float("-inf")  # tokens that see nothing: their softmax is no number
-                parts.append(self.by_token(out.masked_fill_(blind[..., None], 0.0)))  # [R, block_m, H, heads, D]
-                own_lse = (peak - weights.amax(-1).log()).masked_fill_(blind, float("-inf"))
-                lse.unflatten(1, (H, -1))[:, :, chunk.heads].index_put_((chunk.tokens,), self.by_token(own_lse))
+                if blinds:  # their softmax is no number
+                    out.masked_fill_((peak == float("-inf"))[..., None], 0.0)
+                parts.append(self.by_token(out))  # [R, block_m, H, heads, D]
+                if wants_lse:
+                    own_lse = (peak - weights.amax(-1).log()).masked_fill_(peak == float("-inf"), float("-inf"))
+                    lse.unflatten(1, (H, -1))[:, :, chunk.heads].index_put_((chunk.tokens,), self.by_token(own_lse))
             if lam is None:
                 combined = parts[0]
             else:
@@ -380,9 +388,9 @@ def _gather(plan: _Plan, k_pages: Tensor, v_pages: Tensor, scratch: _Scratch) ->
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k_pages: Tensor, v_pages: Tensor, lam_logit: Tensor | None, walk: _Walk):
+    def forward(ctx, q, k_pages, v_pages, lam_logit, walk: _Walk, wants_lse: bool):
         with torch.autocast(q.device.type, enabled=False):  # the dtypes of the inputs decide
-            o, lse = walk.forward(q, k_pages, v_pages, lam_logit)
+            o, lse = walk.forward(q, k_pages, v_pages, lam_logit, wants_lse)
         ctx.walk = walk
         ctx.save_for_backward(q, k_pages, v_pages, lam_logit, lse)
         ctx.mark_non_differentiable(lse)
@@ -393,4 +401,4 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx, do: Tensor, _):
         q, k_pages, v_pages, lam_logit, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            return *ctx.walk.backward(do, q, k_pages, v_pages, lam_logit, lse), None
+            return *ctx.walk.backward(do, q, k_pages, v_pages, lam_logit, lse), None, None
