@@ -9,6 +9,7 @@ so a failed call is undone by taking the old tensors back.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -63,7 +64,7 @@ SelfState = WindowState | Tensor  # a Tensor is the memory of gated retention, f
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a model needs of its cache; a cache serves the models that have the same one.
+    """What a model needs of its cache, and which model that is.
 
     Attributes:
         self_decoder: "sliding_window" or "gated_retention".
@@ -74,6 +75,8 @@ class CacheSpec:
         position: how the keys carry their position, such as "rope 10000.0".
         block_n: tokens per page.
         dtype, device: of keys and values.
+        owner: the model that made the cache, by identity: moved it is the same, a copy of it is another. None after
+            pickling: then only the sizes can be compared.
     """
 
     self_decoder: str
@@ -87,6 +90,13 @@ class CacheSpec:
     block_n: int
     dtype: torch.dtype
     device: torch.device
+    owner: weakref.ref | None = None
+
+    def __deepcopy__(self, memo: dict) -> CacheSpec:
+        return self  # nothing in it changes, and the copy of a cache belongs to the same model
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "owner": None}  # no identity outlives the process
 
 
 class SharedKVCache:
@@ -138,11 +148,13 @@ class SharedKVCache:
         return WindowState(*(torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(2)))
 
     def check(self, spec: CacheSpec, batch_size: int) -> None:
-        """Raises ValueError unless the cache was made for a model of this `spec` and for `batch_size` sequences."""
-        for field in fields(CacheSpec):
-            own, asked = getattr(self.spec, field.name), getattr(spec, field.name)
+        """Raises ValueError unless the cache was made by the model of this `spec` and for `batch_size` sequences."""
+        for name in (field.name for field in fields(CacheSpec) if field.name != "owner"):
+            own, asked = getattr(self.spec, name), getattr(spec, name)
             if own != asked:
-                raise ValueError(f"cache: expected {field.name} = {asked} for this model, got a cache made for {own}")
+                raise ValueError(f"cache: expected {name} = {asked} for this model, got a cache made for {own}")
+        if self.spec.owner is not None and self.spec.owner != spec.owner:
+            raise ValueError("cache: expected one that this model made, got that of another model of the same sizes")
         if batch_size != self.batch_size:
             raise ValueError(
                 f"cache: expected the {self.batch_size} sequences that the cache holds, got a batch of {batch_size}"

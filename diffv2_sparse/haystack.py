@@ -80,7 +80,7 @@ def draw_needles(cities: Sequence[str], count: int, rng: random.Random) -> list[
         ValueError: fewer than `count` cities.
     """
     if not 1 <= count <= len(cities):
-        raise ValueError(f"count: expected 1 to {len(cities)} needles (one per city), got {count}")
+        raise ValueError(f"needles: expected 1 to {len(cities)} (one per city), got {count}")
     numbers = rng.sample(range(10**NUMBER_DIGITS), count)
     return [Needle(city, f"{number:0{NUMBER_DIGITS}d}") for city, number in zip(rng.sample(cities, count), numbers)]
 

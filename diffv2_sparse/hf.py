@@ -49,12 +49,16 @@ _UNSUPPORTED = (
 class SparseAttention:
     """How a stock model chooses its key blocks; the fields are those of `select_blocks`.
 
+    With `block_m=1` every token chooses for itself, so that a prompt in chunks, or decoded on, gives what one forward
+    gives. Longer rows choose less often, but count from the first query of each call, so that their blocks, and with
+    them the outputs, depend on where the calls begin.
+
     `row_queries="all"` scores a row with all of its tokens, later ones included: for prompts that are given, never for
     perplexity. Training always uses "first".
     """
 
     budget: TopK | TopP = TopK(64)  # noqa: RUF009 (an immutable value)
-    block_m: int = 64
+    block_m: int = 1
     block_n: int = 64
     sink_blocks: int = 1
     local_blocks: int = 2
@@ -65,8 +69,11 @@ def configure(config: PreTrainedConfig, sparse: SparseAttention) -> None:
     """Stores the settings on a model's configuration, as plain values that are saved with it and read at every call.
 
     Raises:
-        ValueError: what `select_blocks` would refuse, such as a budget below the forced blocks.
+        ValueError: `sparse` is no SparseAttention, or what `select_blocks` would refuse, such as a budget below the
+            forced blocks.
     """
+    if not isinstance(sparse, SparseAttention):
+        raise ValueError(f"sparse: expected a SparseAttention, got {type(sparse).__name__}")
     one_token = torch.zeros(1, 1, 1, 1)
     select_blocks(one_token, one_token, mode="per_head", **_arguments(sparse))  # checks every field
     setattr(config.get_text_config(), NAME, dataclasses.asdict(sparse))

@@ -8,8 +8,11 @@ native sparse attention), the accuracy of the answers in the log, and slices of 
 """
 
 import dataclasses
+import inspect
 import json
 import time
+import types
+import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,21 +67,26 @@ class TrainRecipe:
     seed: int = 0
 
     def __post_init__(self):
+        _refuse_ill_typed("", TrainRecipe, vars(self))
         if not self.phases:
             raise ValueError("phases: expected at least one, got none")
         if self.save_dtype not in _SAVE_DTYPES:
             raise ValueError(f"save_dtype: expected one of {_SAVE_DTYPES}, got {self.save_dtype!r}")
-        _refuse_unknown("model", self.model, set(DiffV2YocoConfig().to_dict()))
+        _refuse_unknown("model", self.model, set(inspect.get_annotations(DiffV2YocoConfig)))
         _refuse_unknown(
             "trainer", self.trainer, {f.name for f in dataclasses.fields(TrainingArguments)} - _SET_BY_TRAIN
         )
+        vocab_size, tokens = DiffV2YocoConfig(**self.model).vocab_size, len(byte_tokenizer())
+        if vocab_size < tokens:
+            raise ValueError(f"vocab_size: expected at least the tokenizer's {tokens}, got {vocab_size}")
 
     @classmethod
     def from_yaml(cls, path: str | Path = BUNDLED_RECIPE) -> "TrainRecipe":
         """Reads a recipe.
 
         Raises:
-            ValueError: the file is missing or not YAML, or has a key that no recipe has, or a value out of range.
+            ValueError: the file is missing or not YAML, or lacks a key or has one that no recipe has, or a value is of
+                another type or out of range.
         """
         try:
             content = yaml.safe_load(Path(path).read_text())
@@ -89,9 +97,13 @@ class TrainRecipe:
         if not isinstance(content, dict) or not {"model", "phases"} <= content.keys():
             raise ValueError(f"recipe: expected a mapping with at least `model` and `phases` in {path}")
         _refuse_unknown("recipe", content, {f.name for f in dataclasses.fields(cls)})
-        for phase in content["phases"]:
-            _refuse_unknown("phases", phase, {f.name for f in dataclasses.fields(Phase)})
-        return cls(**{**content, "phases": tuple(Phase(**phase) for phase in content["phases"])})
+        phases = content["phases"]
+        if not _fits(phases, tuple[dict, ...]):
+            raise ValueError(f"phases: expected a list of mappings, got {phases!r}")
+        for i, phase in enumerate(phases):
+            _refuse_unknown(f"phases[{i}]", phase, {f.name for f in dataclasses.fields(Phase)})
+            _refuse_ill_typed(f"phases[{i}].", Phase, phase)
+        return cls(**{**content, "phases": tuple(Phase(**phase) for phase in phases)})
 
     @property
     def steps(self) -> int:
@@ -119,7 +131,8 @@ def train(recipe: TrainRecipe, output: Path, *, max_minutes: float | None = None
         `output / "final"` when the training is complete, else the folder of the checkpoint to continue from.
 
     Raises:
-        ValueError: `output` has checkpoints of another model or seed, or any at all without `resume`.
+        ValueError: `output` has checkpoints of another training, or any at all without `resume`. Only the steps that
+            are still to come may have changed, and `trainer` and `save_dtype`.
     """
     started = time.monotonic()
     output = Path(output)
@@ -127,7 +140,7 @@ def train(recipe: TrainRecipe, output: Path, *, max_minutes: float | None = None
     if checkpoint is not None:
         if not resume:
             raise ValueError(f"output: expected a folder without checkpoints when not resuming, got {output}")
-        _refuse_other_training(recipe, output)
+        _refuse_other_training(recipe, checkpoint)
     args = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.steps,
@@ -283,17 +296,44 @@ def _latest_checkpoint(output: Path) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
-def _refuse_other_training(recipe: TrainRecipe, output: Path) -> None:
+def _refuse_other_training(recipe: TrainRecipe, checkpoint: Path) -> None:
+    """The checkpoint's steps must be those that `recipe` would have run."""
+    output, done = checkpoint.parent, int(checkpoint.name.split("-")[1])
     kept = output / "recipe.json"
-    if kept.exists():
-        before, now = json.loads(kept.read_text()), json.loads(json.dumps(dataclasses.asdict(recipe)))
-        for name in ("model", "seed"):
-            if before[name] != now[name]:
-                raise ValueError(
-                    f"{name}: expected that of the checkpoints in {output}, {before[name]}, got {now[name]}"
-                )
+    if not kept.exists():
+        return
+    before, now = json.loads(kept.read_text()), json.loads(json.dumps(dataclasses.asdict(recipe)))
+    for name in ("model", "seed", "tokens_per_batch", "answer_weight"):
+        if before[name] != now[name]:
+            raise ValueError(f"{name}: expected that of the checkpoints in {output}, {before[name]}, got {now[name]}")
+    phases = tuple(Phase(**phase) for phase in before["phases"])
+    if recipe.steps < done or any(draw_lesson(phases, recipe.seed, i) != recipe.lesson(i) for i in range(done)):
+        raise ValueError(
+            f"phases: expected those of the checkpoints in {output} for the {done} steps already run, {phases}, "
+            f"got {recipe.phases}"
+        )
+
+
+def _refuse_ill_typed(where: str, cls: type, given: dict) -> None:
+    """Of a dataclass: every field of `given` has its annotated type, and none without a default is missing."""
+    for field in dataclasses.fields(cls):
+        if field.name in given:
+            if not _fits(given[field.name], field.type):
+                kind = str(field.type) if typing.get_origin(field.type) else field.type.__name__
+                raise ValueError(f"{where}{field.name}: expected {kind}, got {given[field.name]!r}")
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}{field.name}: expected, got none")
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value from YAML is of an annotated type: a class, `X | None`, or `tuple[X, ...]`, which lists are."""
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, own) for own in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(own, typing.get_args(kind)[0]) for own in value)
+    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
 
 
 def _refuse_unknown(where: str, given: dict, known: set[str]) -> None:
-    if unknown := sorted(set(given) - known):
+    if unknown := sorted(set(given) - known, key=str):
         raise ValueError(f"{where}: expected keys among {sorted(known)}, got {unknown}")

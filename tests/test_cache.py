@@ -1,5 +1,7 @@
 """The shared cache: its pages and summaries, what it refuses, and that a failed call leaves no trace."""
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -149,6 +151,32 @@ def test_a_cache_of_another_model_is_refused(change, field):
     with pytest.raises(ValueError, match=field):
         tiny_model(**change).decode(torch.ones(2, 1, dtype=torch.long), cache)
     assert_same(before, snapshot(cache))
+
+
+def test_a_cache_of_another_model_of_the_same_sizes_is_refused():
+    model, token = tiny_model(), torch.ones(2, 1, dtype=torch.long)
+    cache = filled(model)
+    before = snapshot(cache)
+    for other in (tiny_model(), copy.deepcopy(model)):
+        for call in (lambda m: m.decode(token, cache), lambda m: m(token, past_key_values=cache)):
+            with pytest.raises(ValueError, match="that of another model of the same sizes"):
+                call(other)
+    assert_same(before, snapshot(cache))
+    orphan = filled(tiny_model())  # its model is gone, and may have left its address to another
+    with pytest.raises(ValueError, match="that of another model of the same sizes"):
+        tiny_model().decode(token, orphan)
+
+
+def test_copied_and_pickled_caches_continue():
+    model, token = tiny_model(sparse_mode="pair_mean"), torch.randint(1, 64, (2, 1))
+    cache = filled(model)
+    copied, pickled = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    expected = model.to("cpu").decode(token, cache)
+    assert copied.tokens == (22, 15)  # it shares nothing with the cache
+    assert torch.equal(model.decode(token, copied), expected)
+    assert torch.equal(model.decode(token, pickled), expected)
+    with pytest.raises(ValueError, match="that of another model of the same sizes"):
+        tiny_model().decode(token, copied)
 
 
 def test_a_cache_of_another_kind_is_refused():

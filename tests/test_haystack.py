@@ -81,7 +81,7 @@ def test_needles_differ():
     needles = draw_needles(TEST_CITIES, 40, random.Random(1))
     assert len({n.city for n in needles}) == len({n.number for n in needles}) == 40
     assert needles[0].text == NEEDLE.format(city=needles[0].city, number=needles[0].number)
-    with pytest.raises(ValueError, match="count"):
+    with pytest.raises(ValueError, match="needles: expected 1 to"):
         draw_needles(TEST_CITIES, 41, random.Random(1))
 
 

@@ -382,9 +382,22 @@ def test_settings_are_saved_with_the_model(tmp_path):
     assert worst(model(ids, attention_mask=mask).logits, loaded(ids, attention_mask=mask).logits, mask) == 0
 
 
+def test_by_default_chunks_do_not_matter():
+    sparse = SparseAttention(budget=TopK(5), block_n=4)
+    model, (ids, _) = llama(sparse), prompts((40, 40), "left")
+    model.set_attn_implementation("diffv2_sparse")
+    whole = model(ids).logits
+    cache, parts = DynamicCache(config=model.config), []
+    for chunk in ids.split((13, 20, 1, 6), 1):
+        parts.append(model(chunk, past_key_values=cache).logits)
+    assert worst(torch.cat(parts, 1), whole) < CLOSE
+
+
 def test_refusals():
     ids, mask = prompts((9, 5), "left")
     model = llama()
+    with pytest.raises(ValueError, match="sparse: expected a SparseAttention, got dict"):
+        configure(model.config, {"block_m": 1})
     for wrong in (
         SparseAttention(budget=TopK(2), block_m=1),
         SparseAttention(row_queries="last"),

@@ -219,10 +219,34 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
     folder = train.train(RECIPE, output, max_minutes=0.0)
     with pytest.raises(ValueError, match=r"seed: expected that of the checkpoints .* 7, got 8"):
         train.train(dataclasses.replace(RECIPE, seed=8), output)
+    for name, value in (("tokens_per_batch", 1024), ("answer_weight", 2.0)):
+        with pytest.raises(ValueError, match=rf"{name}: expected that of the checkpoints .*, got {value}"):
+            train.train(dataclasses.replace(RECIPE, **{name: value}), output)
+    other = (Phase(steps=2, lengths=(320,)), RECIPE.phases[1])
+    with pytest.raises(ValueError, match=r"phases: expected those of the checkpoints .* for the 1 steps already run"):
+        train.train(dataclasses.replace(RECIPE, phases=other), output)
     with pytest.raises(ValueError, match="expected a folder without checkpoints"):
         train.train(RECIPE, output, resume=False)
     (output / "checkpoint-4").mkdir()  # cut short while it was written: no state file
     assert train._latest_checkpoint(output) == folder
+
+
+def test_steps_to_come_may_change(tmp_path):
+    train.train(RECIPE, tmp_path, max_minutes=0.0)
+    longer = dataclasses.replace(RECIPE, phases=(Phase(steps=1, lengths=(256,)), Phase(steps=1, lengths=(320,))))
+    train.train(longer, tmp_path)
+    assert (tmp_path / "checkpoint-2").exists()
+    shorter = dataclasses.replace(RECIPE, phases=(Phase(steps=1, lengths=(256,)),))
+    with pytest.raises(ValueError, match=r"phases: .* for the 2 steps already run"):
+        train.train(shorter, tmp_path)
+
+
+def test_unknown_model_keys_list_the_models_own():
+    with pytest.raises(ValueError, match="model: expected keys") as refused:
+        dataclasses.replace(RECIPE, model={"hidden": 1})
+    assert "'hidden_size'" in str(refused.value)
+    assert "transformers_version" not in str(refused.value)
+    assert "id2label" not in str(refused.value)
 
 
 def test_bundled_recipe_is_sound():
@@ -244,7 +268,24 @@ def test_bundled_recipe_is_sound():
         (("model",), {"hidden": 1}, r"model: expected keys among .* got \['hidden'\]"),
         (("trainer",), {"lr": 1}, r"trainer: expected keys among .* got \['lr'\]"),
         (("trainer",), {"max_steps": 1}, r"trainer: .* got \['max_steps'\]"),
-        (("phases", 0), {"length": 1}, r"phases: .* got \['length'\]"),
+        (("phases", 0), {"length": 1}, r"phases\[0\]: .* got \['length'\]"),
+        (("phases", 0), {"steps": "x"}, r"phases\[0\].steps: expected int, got 'x'"),
+        (("phases", 0), {"steps": True}, r"phases\[0\].steps: expected int, got True"),
+        (("phases", 0), {"lengths": ["256"]}, r"phases\[0\].lengths: expected tuple\[int, ...\], got \['256'\]"),
+        (("phases", 0), {"lengths": 256}, r"phases\[0\].lengths: expected tuple\[int, ...\], got 256"),
+        (("phases", 0), {"modes": "dense"}, r"phases\[0\].modes: expected tuple\[str, ...\], got 'dense'"),
+        (("phases", 0), {"needle_share": "half"}, r"phases\[0\].needle_share: expected float, got 'half'"),
+        (("phases", 0), {"sparse_budget": "x"}, r"phases\[0\].sparse_budget: expected int \| None, got 'x'"),
+        ((), {"phases": [1]}, r"phases: expected a list of mappings, got \[1\]"),
+        ((), {"phases": 3}, "phases: expected a list of mappings, got 3"),
+        ((), {"phases": [{"steps": 1}]}, r"phases\[0\].lengths: expected, got none"),
+        ((), {"model": 3}, "model: expected dict, got 3"),
+        ((), {"trainer": None}, "trainer: expected dict, got None"),
+        ((), {"tokens_per_batch": "abc"}, "tokens_per_batch: expected int, got 'abc'"),
+        ((), {"answer_weight": "abc"}, "answer_weight: expected float, got 'abc'"),
+        ((), {"seed": 1.5}, "seed: expected int, got 1.5"),
+        (("model",), {"vocab_size": 258}, "vocab_size: expected at least the tokenizer's 259, got 258"),
+        (("model",), {"hidden_size": "wide"}, "hidden_size: expected an int"),
         (("phases", 0), {"modes": ["sparse"]}, "modes: expected some of"),
         (("phases", 0), {"lengths": [64]}, "lengths: expected .* >= 256"),
         (("phases", 0), {"needle_share": 1.5}, "needle_share: expected a number between 0 and 1, got 1.5"),

@@ -160,6 +160,28 @@ def test_loss_is_shifted_cross_entropy_and_takes_the_trainers_count():
     assert isinstance(model(tokens, labels=labels, return_dict=False), tuple)
 
 
+def test_labels_need_every_logit_and_a_pass_with_gradients():
+    model, tokens = tiny_model(), torch.randint(1, VOCAB, (2, 12))
+    loss = model(tokens, labels=tokens).loss
+    for cached in ({"use_cache": True}, {"past_key_values": model.new_cache(2, 20)}):
+        with pytest.raises(ValueError, match=r"labels: a cache carries no gradients.*pass use_cache=False"):
+            model(tokens, labels=tokens, **cached)
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens, labels=tokens, **cached).loss, loss)
+    for keep in (1, torch.arange(12)):
+        with pytest.raises(ValueError, match="logits_to_keep: expected 0 with labels"):
+            model(tokens, labels=tokens, logits_to_keep=keep)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(("keep", "columns"), [(0, 6), (2, 2), (torch.tensor([3]), 1)])
+def test_padding_only_gives_zeros(use_cache, keep, columns):
+    tokens = torch.ones(2, 6, dtype=torch.long)
+    model = tiny_model(sparse_mode="pair_mean")
+    logits = model(tokens, attention_mask=0 * tokens, use_cache=use_cache, logits_to_keep=keep).logits
+    assert torch.equal(logits, torch.zeros(2, columns, VOCAB).double())
+
+
 @pytest.mark.parametrize("keep", [1, 5, torch.tensor([7, 2, -1]), torch.tensor([3])])
 def test_logits_to_keep_without_a_cache(keep):
     model = tiny_model(sparse_mode="pair_mean")
@@ -264,6 +286,17 @@ def test_dtypes_and_autocast(self_decoder, dtype):
         ({"sparse_local_blocks": 0}, "sparse_local_blocks: expected an int ≥ 1"),
         ({"sparse_block_n": 4.0}, "sparse_block_n: expected an int ≥ 1"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: expected rope_type 'default'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters: expected rope_type 'default'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: expected rope_type 'default'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: expected rope_type 'default'"),
+        ({"rope_scaling": 2.0}, "rope_scaling: expected rope_type 'default'"),
+        ({"rope_theta": 0}, "rope_theta: expected a number > 0, got 0"),
+        ({"rope_theta": "10000"}, "rope_theta: expected a number > 0, got '10000'"),
+        ({"rope_theta": float("nan")}, "rope_theta: expected a number > 0, got nan"),
+        ({"sparse_noise_budget": 6.0}, "sparse_noise_budget: expected an int ≥ 1, got 6.0"),
+        ({"sparse_noise_budget": True}, "sparse_noise_budget: expected an int ≥ 1, got True"),
+        ({"num_key_value_heads": True}, "num_key_value_heads: expected an int ≥ 1, got True"),
+        ({"attn_backend": "cudnn"}, "attn_backend: expected one of .*'triton'.* got 'cudnn'"),
     ],
 )
 def test_configurations_that_are_refused(change, message):
@@ -277,7 +310,11 @@ def test_fields_set_later_are_checked_too():
     for call in (model, model.prefill):
         with pytest.raises(ValueError, match="sparse_mode: expected one of"):
             call(tokens)
-    model.config.sparse_mode, model.config.sparse_budget = "pair_mean", 1
+    model.config.sparse_mode, model.config.sparse_noise_budget = "per_class", "6"
+    for call in (model, model.prefill):
+        with pytest.raises(ValueError, match="sparse_noise_budget: expected an int"):
+            call(tokens)
+    model.config.sparse_mode, model.config.sparse_noise_budget, model.config.sparse_budget = "pair_mean", None, 1
     for call in (model, model.prefill):
         with pytest.raises(ValueError, match="sparse_budget: expected at least the 3 blocks"):
             call(tokens)
@@ -286,6 +323,8 @@ def test_fields_set_later_are_checked_too():
 def test_configuration_defaults():
     config = tiny_config(num_key_value_heads=None, head_dim=None, rope_parameters={"rope_theta": 500.0})
     assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (4, 8, 500.0)
+    assert tiny_config(rope_scaling={"type": "default", "rope_theta": 500}).rope_theta == 500
+    assert tiny_config(rope_scaling=None).rope_theta == 10000.0
 
 
 @pytest.mark.parametrize(
@@ -294,13 +333,23 @@ def test_configuration_defaults():
         ({}, "input_ids, inputs_embeds: expected exactly one"),
         ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, "input_ids: expected"),
         ({"input_ids": torch.ones(5, dtype=torch.long)}, "input_ids: expected"),
+        ({"input_ids": torch.ones(2, 6)}, r"input_ids: expected int64 .* got float32 \[2, 6\]"),
+        ({"input_ids": torch.ones(2, 6).bool()}, "input_ids: expected int64"),
+        ({"input_ids": None, "inputs_embeds": torch.ones(2, 6, 32).long()}, "inputs_embeds: expected floating-point"),
+        ({"input_ids": None, "inputs_embeds": torch.ones(2, 6, 31)}, r"inputs_embeds: expected .* \[B, T, 32\] .* 31"),
+        ({"input_ids": None, "inputs_embeds": torch.ones(6, 32)}, "inputs_embeds: expected"),
         ({"attention_mask": torch.ones(2, 1, 6, 6)}, "attention_mask: expected"),
         ({"attention_mask": torch.ones(2, 5)}, "attention_mask: expected"),
         ({"logits_to_keep": -1}, "logits_to_keep: expected an int"),
         ({"logits_to_keep": torch.tensor([6])}, "logits_to_keep: expected columns"),
         ({"logits_to_keep": torch.ones(2, 6).bool()}, "logits_to_keep: expected an int"),
-        ({"position_ids": torch.arange(6)[None]}, "position_ids: not supported"),
-        ({"output_attentions": True}, "output_attentions: not supported"),
+        ({"logits_to_keep": True}, "logits_to_keep: expected an int or an integer tensor .* got True"),
+        ({"logits_to_keep": False}, "logits_to_keep: expected an int or an integer tensor .* got False"),
+        ({"logits_to_keep": torch.ones(6).bool()}, "logits_to_keep: expected an int or an integer tensor"),
+        ({"position_ids": torch.arange(6)[None]}, "position_ids: not supported by this model, positions follow"),
+        ({"output_attentions": True}, "output_attentions: not supported by this model, the attention weights"),
+        ({"output_hidden_states": True}, "output_hidden_states: not supported by this model, the layers' outputs"),
+        ({"attention_masks": torch.ones(2, 6)}, "attention_masks: not an argument of this model"),
     ],
 )
 @pytest.mark.parametrize("use_cache", [False, True])

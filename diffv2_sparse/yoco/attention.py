@@ -193,10 +193,11 @@ def select_for_rows(
     A row that begins among the tokens is chosen for by its first one, as if the row were whole.
     """
     block_m, options, parts = config.sparse_block_m, config.selection_options(), []
+    missing = -(-(block_m - 1) // config.sparse_block_n)  # blocks of a whole row that are not there yet, no candidates
     for start in range(0, len(rows.firsts), FOLDED_TOKENS):
         cut = slice(start, start + FOLDED_TOKENS)
         first = q[rows.firsts[cut], None].expand(-1, block_m, -1, -1)  # only the first token of a row scores
-        summaries = cache.full_summaries(rows.sequence[cut])
+        summaries = F.pad(cache.full_summaries(rows.sequence[cut]), (0, 0, 0, 0, 0, missing))
         chosen = select_blocks(first, summaries=summaries, key_tokens=rows.position[cut] + block_m, **options)
         parts.append(RowLists(chosen.indices[:, :, :, 0], chosen.counts[:, :, :, 0]))
     if held is None:  # no row was open: nothing points at these

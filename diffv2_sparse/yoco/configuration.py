@@ -6,8 +6,11 @@ and `attn_backend` are read at every call, so one loaded model can be run dense 
 `model.config.sparse_mode = "pair_mean"`.
 """
 
+import math
+
 from transformers import PreTrainedConfig
 
+from ..attention import BACKENDS
 from ..selectors import TopK
 
 SELF_DECODERS = ("sliding_window", "gated_retention")
@@ -25,7 +28,8 @@ class DiffV2YocoConfig(PreTrainedConfig):
             is HO.
         head_dim: even; None is hidden_size // num_attention_heads.
         max_position_embeddings: tokens the model is meant for; the capacity of a cache that a caller does not size.
-        rope_theta: base of the rotary frequencies (interleaved form: adjacent dimensions are a pair).
+        rope_theta: base of the rotary frequencies (interleaved form: adjacent dimensions are a pair); also taken from
+            `rope_parameters`, Transformers' spelling. Scaled frequencies are refused.
         self_decoder: "sliding_window" (DIFF V2 attention to the last `sliding_window` tokens) or "gated_retention".
         sliding_window: tokens a query sees in the self-decoder, itself included.
         cross_position: "rope" rotates the queries and the shared keys of the cross-decoder; "none" leaves them.
@@ -107,10 +111,10 @@ class DiffV2YocoConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        rope = kwargs.pop("rope_parameters", None) or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters: expected rope_type 'default', got {rope['rope_type']!r}")
-        self.rope_theta = rope.get("rope_theta", self.rope_theta)
+        for name in ("rope_parameters", "rope_scaling"):  # today's name and the old one
+            rope = kwargs.pop(name, None) or {}
+            _expect_unscaled(name, rope)
+            self.rope_theta = rope.get("rope_theta", self.rope_theta)
         self._check_sizes()
         self.check_sparsity()
         super().__post_init__(**kwargs)
@@ -118,6 +122,8 @@ class DiffV2YocoConfig(PreTrainedConfig):
     def _check_sizes(self) -> None:
         self._expect_ints(1, "vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim")
         self._expect_ints(1, "max_position_embeddings", "sliding_window")
+        if type(self.rope_theta) not in (int, float) or not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta: expected a number > 0, got {self.rope_theta!r}")
         if self.num_hidden_layers % 2:
             raise ValueError(f"num_hidden_layers: expected an even number, got {self.num_hidden_layers}")
         if self.head_dim % 2:
@@ -146,6 +152,9 @@ class DiffV2YocoConfig(PreTrainedConfig):
         _expect("sparse_row_queries", self.sparse_row_queries, ("first", "all"))
         self._expect_ints(1, "sparse_budget", "sparse_block_m", "sparse_block_n", "sparse_local_blocks")
         self._expect_ints(0, "sparse_sink_blocks")
+        if self.sparse_noise_budget is not None:
+            self._expect_ints(1, "sparse_noise_budget")
+        _expect("attn_backend", self.attn_backend, BACKENDS)
         if self.sparse_row_queries == "all" and self.sparse_block_m > 1:
             raise ValueError(
                 f"sparse_row_queries: expected 'first' for sparse_block_m = {self.sparse_block_m}, got 'all': later "
@@ -180,8 +189,15 @@ class DiffV2YocoConfig(PreTrainedConfig):
     def _expect_ints(self, least: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: expected an int ≥ {least}, got {value!r}")
+
+
+def _expect_unscaled(name: str, rope: dict) -> None:
+    """`rope` is Transformers' dict of rotary parameters; any but these would change the frequencies."""
+    known = {"rope_type": "default", "type": "default"}
+    if not isinstance(rope, dict) or any(key != "rope_theta" and known.get(key) != rope[key] for key in rope):
+        raise ValueError(f"{name}: expected rope_type 'default' and rope_theta alone, got {rope!r}")
 
 
 def _expect(name: str, value, choices: tuple[str, ...]) -> None:

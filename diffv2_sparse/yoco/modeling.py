@@ -9,6 +9,7 @@ gradients; `prefill` and `decode` go through a cache and do not. Source: YOCO, a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from ..cache import CacheSpec, RowLists, SelfState, SharedKVCache
 from ..selectors import block_summaries
+from .arguments import check_labels, loss_arguments, tokens_or_embeddings
 from .attention import CrossAttention, DiffV2Attention
 from .configuration import DiffV2YocoConfig
 from .layers import RMSNorm, Rotary, SwiGLU, apply_rotary, rotary_angles
@@ -145,9 +147,19 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
     def _all_positions(self, input_ids, attention_mask, inputs_embeds, logits_to_keep) -> Tensor:
         """Both halves over whole sequences, with gradients and without a cache."""
         self.config.check_sparsity()
-        inputs = _one_of(input_ids, inputs_embeds)
+        inputs = tokens_or_embeddings(self.config, input_ids, inputs_embeds)
         layout = Layout.of(inputs, attention_mask)
+        every = type(logits_to_keep) is int and logits_to_keep == 0
+        kept = None if every else Kept.of(layout, logits_to_keep)
         hidden = layout.pack(self._embed(inputs))
+        if sum(layout.counts):  # else padding only
+            hidden = self._layers(hidden, layout)
+        if kept is None:
+            return layout.unpack(hidden)
+        positions, places = kept.within(layout)
+        return _placed(hidden.flatten(0, 1)[locate(layout, positions)[0]], places, len(layout.counts), kept.width)
+
+    def _layers(self, hidden: Tensor, layout: Layout) -> Tensor:
         rotary = self._rotary(layout.positions)
         for layer in self.self_layers:
             hidden = layer(hidden, rotary, layout)
@@ -157,12 +169,7 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
             summaries = block_summaries(k.detach(), self.config.sparse_block_n, layout.cu_seqlens)
         for layer in self.cross_layers:
             hidden = layer(hidden, k, v, summaries, rotary, layout)
-        hidden = self.norm(hidden)
-        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            return layout.unpack(hidden)
-        kept = Kept.of(layout, logits_to_keep)
-        positions, places = kept.within(layout)
-        return _placed(hidden.flatten(0, 1)[locate(layout, positions)[0]], places, len(layout.counts), kept.width)
+        return self.norm(hidden)
 
     @torch.no_grad()
     def prefill(
@@ -178,7 +185,7 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
     ) -> tuple[Tensor, SharedKVCache]:
         """As `DiffV2YocoForCausalLM.prefill`, but for hidden states `[B, K, hidden_size]`."""
         self.config.check_sparsity()
-        inputs = _one_of(input_ids, inputs_embeds)
+        inputs = tokens_or_embeddings(self.config, input_ids, inputs_embeds)
         if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
             raise ValueError(f"chunk_tokens: expected a positive int, got {chunk_tokens!r}")
         B, T = inputs.shape[:2]
@@ -253,23 +260,14 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
             block_n=config.sparse_block_n,
             dtype=weight.dtype,
             device=weight.device,
+            owner=weakref.ref(self),
         )
 
     def _embed(self, inputs: Tensor) -> Tensor:
-        return inputs if inputs.is_floating_point() else self.embed_tokens(inputs)
+        return inputs if inputs.ndim == 3 else self.embed_tokens(inputs)
 
     def _rotary(self, positions: Tensor) -> Rotary:
         return rotary_angles(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
-
-
-def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
-    inputs = input_ids if inputs_embeds is None else inputs_embeds
-    if inputs.ndim != (2 if inputs_embeds is None else 3) or 0 in inputs.shape:
-        name, shape = ("input_ids", "[B, T]") if inputs_embeds is None else ("inputs_embeds", "[B, T, hidden_size]")
-        raise ValueError(f"{name}: expected {shape} with at least one token, got {tuple(inputs.shape)}")
-    return inputs
 
 
 def _placed(hidden: Tensor, places: list[int], B: int, K: int) -> Tensor:
@@ -312,21 +310,22 @@ class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, GenerationMixin):
                 columns that the cache holds. Positions count real tokens only.
             past_key_values: the cache of the tokens before these, from `new_cache` or an earlier call; the new ones are
                 appended.
-            labels: int64 `[B, T]`, −100 where there is no target; shifted by one here.
+            labels: int64 `[B, T]`, −100 where there is no target; shifted by one here. Only with logits_to_keep = 0
+                and, while gradients are enabled, without a cache.
             use_cache: True makes a cache for `max_position_embeddings` tokens where none is given; None makes none.
             logits_to_keep: 0 is all T columns; n > 0 each sequence's last n tokens; an integer tensor those columns.
-            loss_args: passed to the loss, as Trainer's `num_items_in_batch`.
+            loss_args: `num_items_in_batch` (from Trainer) and `ignore_index`, for the loss.
 
         Returns:
             logits `[B, K, vocab_size]`; those of padding mean nothing.
 
         Raises:
-            ValueError: shapes disagree; the cache is full or another model's; an option that this model does not have.
+            ValueError: shapes or dtypes disagree; the cache is full or another model's; an argument that this model
+                does not have.
         """
-        for name in ("position_ids", "output_attentions", "output_hidden_states"):
-            value = loss_args.pop(name, None)
-            if value is not None and value is not False:
-                raise ValueError(f"{name}: not supported by this model; positions follow from attention_mask")
+        loss_args = loss_arguments(loss_args)
+        if labels is not None:
+            check_labels(logits_to_keep, cached=bool(use_cache) or past_key_values is not None)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

@@ -53,9 +53,13 @@ class Kept:
                 columns; an integer tensor `[K]` those columns of the padded batch. Padding comes out as zeros.
 
         Raises:
-            ValueError: negative, a tensor that is no integer `[K]`, or columns outside the batch.
+            ValueError: negative, a bool, a tensor that is no integer `[K]`, or columns outside the batch.
         """
         T = layout.width
+        if isinstance(logits_to_keep, bool) or getattr(logits_to_keep, "dtype", None) == torch.bool:
+            raise ValueError(
+                f"logits_to_keep: expected an int or an integer tensor [K], no mask, got {logits_to_keep!r}"
+            )
         ends = [start + count for start, count in zip(layout.starts, layout.counts)]
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             K = min(logits_to_keep, T)
