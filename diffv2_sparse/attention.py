@@ -10,8 +10,6 @@ back. Source: microsoft/unilm, Diff-Transformer-V2.
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,9 +114,10 @@ def diff_attention(
             raise ValueError('backend: "flex" takes no cu_seqlens; "torch" does')
         return flex_attention(q, k, v, lam_logit, selection, scale=scale, window=window, return_lse=return_lse)
     if backend == "triton":
-        _require_triton(q)
-        from .ops import triton_attention
+        from .ops import obstacle, triton_attention
 
+        if reason := obstacle(q):
+            raise ValueError(f'backend: "triton": {reason}; "torch" would do')
         o, lse = triton_attention(
             q,
             k,
@@ -146,6 +145,7 @@ def diff_attention(
         selection,
         scale=scale,
         window=window,
+        return_lse=return_lse,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
@@ -220,19 +220,6 @@ def _automatic(q: Tensor, selection: BlockSelection | None) -> str:
         if flash_available():
             return "flash"
     return "torch"
-
-
-def _require_triton(q: Tensor) -> None:
-    """Raises unless the kernels can run on these tensors."""
-    if find_spec("triton") is None:
-        raise ImportError('backend: "triton" needs the package triton; "torch" runs anywhere')
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f'backend: "triton" needs CUDA tensors, got {q.device}; "torch" runs anywhere')
-    if q.dtype == torch.float64 or q.shape[-1] > 256:
-        raise ValueError(
-            f'backend: "triton" takes 16-bit and float32 tensors with D ≤ 256, got {q.dtype} and D = {q.shape[-1]}; '
-            '"torch" takes any'
-        )
 
 
 def _masking_is_cheaper(q: Tensor, k: Tensor, selection: BlockSelection | None) -> bool:

@@ -44,6 +44,10 @@ LISTS = random_selection(1, 32, 48, 2)
             {"selection": BlockSelection(LISTS.indices.to("meta"), LISTS.counts.to("meta"), 16, 16)},
             "selection: expected on cpu",
         ),
+        (
+            {"backend": "triton", "q": Q.double(), "k": K.double(), "v": V.double()},
+            '"triton": it computes in float16, bfloat16 and float32',
+        ),
         ({"backend": "flash", "selection": LISTS}, '"flash" takes no selection'),
         (
             {

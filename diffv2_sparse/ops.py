@@ -1,0 +1,180 @@
+"""Backend "triton": the fused kernels as operators that autograd and torch.compile understand.
+
+Two `torch.library` operators, forward and backward, each a direct launch of `kernels/` (imported when first called).
+Lists pass no gradient, and neither does lse. Source of the formulas: `kernels/forward.py`, `kernels/backward.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+from torch import Tensor
+
+from .selection import BlockSelection
+
+
+def obstacle(q: Tensor) -> str | None:
+    """What keeps the kernels from taking such queries, in words; None if nothing does."""
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes in float16, bfloat16 and float32, not in {q.dtype}"
+    if q.shape[-1] > 256:
+        return f"it takes heads of at most 256 dimensions, not {q.shape[-1]}"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs tensors on a GPU, not on {q.device}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "it needs triton, which is not installed"
+    return None
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam_logit: Tensor | None,
+    selection: BlockSelection | None,
+    *,
+    scale: float,
+    window: int | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as `diff_attention`, already validated. Returns o `[B, T, HO, D]` and lse `[B, HQ, T]`; differentiable
+    but for lse.
+    """
+    if scale <= 0:  # the kernels take maxima before they scale
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    indices, counts, block_m, block_n = None, None, 0, 0
+    if selection is not None:
+        indices, counts, block_m, block_n = selection.indices, selection.counts, selection.block_m, selection.block_n
+    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, lam_logit))
+    o, lse, _ = _attention(
+        q, k, v, lam_logit, indices, counts, cu_seqlens_q, cu_seqlens_k, block_m, block_n, scale, window, needs_gradient
+    )
+    return o, lse.detach()
+
+
+@torch.library.custom_op("diffv2_sparse::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam_logit: Tensor | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    window: int | None,
+    save_noise: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse and, with `save_noise`, the noise half before λ, which the backward needs (else empty)."""
+    from .kernels.forward import forward
+
+    domain = _domain(q, k, indices, counts, cu_q, cu_k, block_m, block_n, window)
+    with _on(q):
+        return forward(*map(_rows, (q, k, v)), lam_logit, domain, scale, save_noise=save_noise)
+
+
+@_attention.register_fake
+def _(q, k, v, lam_logit, indices, counts, cu_q, cu_k, block_m, block_n, scale, window, save_noise):
+    B, T, HQ, D = q.shape
+    o = q.new_empty(B, T, HQ if lam_logit is None else HQ // 2, D)
+    o_noise = torch.empty_like(o) if save_noise and lam_logit is not None else o.new_empty(0)
+    return o, q.new_empty(B, HQ, T, dtype=torch.float32), o_noise
+
+
+@torch.library.custom_op("diffv2_sparse::attention_backward", mutates_args=())
+def _attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam_logit: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    o_noise: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and lam_logit (empty without it)."""
+    from .kernels.backward import backward
+
+    domain = _domain(q, k, indices, counts, cu_q, cu_k, block_m, block_n, window)
+    with _on(q):
+        transposed = _transposed(domain)
+        do, q, k, v = map(_rows, (do, q, k, v))
+        dq, dk, dv, dlam = backward(do, q, k, v, lam_logit, o, o_noise, lse, domain, transposed, scale)
+    return dq, dk, dv, q.new_empty(0) if dlam is None else dlam
+
+
+@_attention_backward.register_fake
+def _(do, q, k, v, lam_logit, o, lse, o_noise, indices, counts, cu_q, cu_k, block_m, block_n, scale, window):
+    dlam = q.new_empty(0) if lam_logit is None else lam_logit.new_empty(lam_logit.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlam
+
+
+def _save(ctx, inputs, output):
+    q, k, v, lam_logit, indices, counts, cu_q, cu_k, *ctx.options, save_noise = inputs
+    if lam_logit is not None and not save_noise:
+        output = None
+    ctx.saved = output is not None
+    ctx.differential = lam_logit is not None
+    ctx.save_for_backward(q, k, v, lam_logit, *(output or (None, None, None)), indices, counts, cu_q, cu_k)
+
+
+def _gradients(ctx, do, *_):
+    if not ctx.saved:
+        raise RuntimeError("diffv2_sparse::attention: a backward needs save_noise=True in the forward")
+    dq, dk, dv, dlam = _attention_backward(do, *ctx.saved_tensors, *ctx.options)
+    return dq, dk, dv, dlam if ctx.differential else None, *(None,) * 9
+
+
+_attention.register_autograd(_gradients, setup_context=_save)
+
+
+def _domain(q, k, indices, counts, cu_q, cu_k, block_m, block_n, window):
+    from .kernels.domain import Domain
+
+    if indices is None:  # tiles as large as they come
+        block_m, block_n = 1 << 20, 128
+    return Domain(*q.shape[:2], *k.shape[1:3], window, indices, counts, block_m, block_n, cu_q, cu_k)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Kernels take any strides but the last."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _on(x: Tensor):
+    """Launches go to the device that holds x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _transposed(domain) -> tuple[Tensor, Tensor] | None:
+    """Key block → rows, the key blocks of packed sequences counted one after another."""
+    indices = domain.indices
+    if indices is None:
+        return None
+    blocks, table = domain.pieces(domain.block_n, keys=True)
+    if domain.packed:
+        lengths, row_starts = domain.cu_k.diff(), domain.row_starts(domain.block_m)
+        row = torch.arange(indices.shape[3], device=indices.device, dtype=torch.int32)
+        sequence = torch.searchsorted(row_starts[1:], row, right=True).clamp(max=len(lengths) - 1)
+        own = (lengths + domain.block_n - 1) // domain.block_n
+        before = own.cumsum(0, dtype=torch.int32) - own
+        own, before = own[sequence][:, None], before[sequence][:, None]
+        inside = (indices >= 0) & (indices < own)
+        indices = torch.where(inside, indices + before, -1)
+    return BlockSelection(indices, domain.counts, domain.block_m, domain.block_n).transpose(blocks * domain.block_n)

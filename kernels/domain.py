@@ -1,0 +1,228 @@
+"""Which key blocks each tile of queries walks: a block selection, a sliding window or the whole causal past.
+
+Queries are cut into *lists*: one row of a selection, or several short rows that one tile of the tensor cores takes
+together. A list holds the union of its rows' blocks (over both classes, too), each block once, with one bit per row
+and class that says who chose it; blocks that every token sees whole come from the front, those that need a mask from
+the back. Entries out of range, repeated, or seen by no token are dropped here, so that the kernels that walk lists
+never meet them. Without a selection nothing is stored: the walk follows from the positions.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import sequence_of
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What may attend to what. `indices` int32 `[B, C, H, NM, NB]` and `counts` are None for dense and windowed calls;
+    `cu_q`, `cu_k` int32 `[N + 1]` bound packed sequences.
+    """
+
+    B: int
+    T: int
+    S: int
+    H: int
+    window: int | None
+    indices: Tensor | None
+    counts: Tensor | None
+    block_m: int
+    block_n: int
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+
+    @property
+    def classes(self) -> int:
+        return 1 if self.indices is None else self.indices.shape[1]
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_q is not None
+
+    def row_starts(self, block_m: int) -> Tensor | None:
+        """int32 `[N + 1]`: number of rows of `block_m` before each packed sequence."""
+        return _starts(self.cu_q, block_m) if self.packed else None
+
+    def pieces(self, tokens: int, *, keys: bool = False) -> tuple[int, Tensor | None]:
+        """Runs of `tokens` queries (or keys), cut per sequence: how many at most, and the (sequence, number) of each"""
+        total = self.S if keys else self.T
+        if not self.packed:
+            return triton.cdiv(total, tokens), None
+        bounds = self.cu_k if keys else self.cu_q
+        most = total // tokens + bounds.shape[0] - 1
+        starts = _starts(bounds, tokens)
+        piece = torch.arange(most, device=bounds.device, dtype=torch.int32)
+        sequence = torch.searchsorted(starts[1:], piece, right=True).int()
+        own = piece - starts[sequence.clamp(max=bounds.shape[0] - 2)]
+        padding = sequence >= bounds.shape[0] - 1
+        return most, torch.stack([sequence.masked_fill(padding, 0), own.masked_fill(padding, total)], 1)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The walks of all tiles of TOKENS tokens; a list is walked by `tiles` tiles. Without a selection only the cut."""
+
+    domain: Domain
+    tokens: int  # of a tile
+    rows: int  # of the selection in one list
+
+    @cached_property
+    def span(self) -> int:
+        """Tokens of a list."""
+        return self.tokens if self.domain.indices is None else self.rows * self.domain.block_m
+
+    @property
+    def tiles(self) -> int:
+        return triton.cdiv(self.span, self.tokens)
+
+    @cached_property
+    def cut(self) -> tuple[int, Tensor | None]:
+        return self.domain.pieces(self.span)
+
+    @property
+    def members(self) -> bool:
+        """Whether blocks differ in who chose them."""
+        return self.rows * self.domain.classes > 1
+
+    @cached_property
+    def built(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+        """entries, bits `[B, H, NL, NE]` and lengths `[B, H, NL, 2]` (clear, masked), int32; and NE."""
+        domain = self.domain
+        if domain.indices is None:
+            return None, None, None, 0
+        B, C, H, NM, NB = domain.indices.shape
+        NL, table = self.cut
+        NE = max(1, min(self.rows * C * NB, triton.cdiv(domain.S, domain.block_n)))
+        entries = domain.indices.new_empty(B, H, NL, NE)
+        bits = torch.empty_like(entries) if self.members else None
+        lengths = domain.indices.new_empty(B, H, NL, 2)
+        _lists_kernel[(B * H * NL,)](
+            domain.indices.contiguous(),
+            domain.counts.contiguous(),
+            entries,
+            bits,
+            lengths,
+            table,
+            domain.row_starts(domain.block_m),
+            domain.cu_q,
+            domain.cu_k,
+            domain.T,
+            domain.S,
+            H,
+            NM,
+            NB,
+            NL,
+            NE,
+            domain.window or 0,
+            C=C,
+            ROWS=self.rows,
+            BLOCK_M=domain.block_m,
+            BLOCK_N=domain.block_n,
+            WHOLE=domain.block_n >= 16 and triton.next_power_of_2(domain.block_n) == domain.block_n,
+            PACKED=domain.packed,
+            WINDOWED=domain.window is not None,
+            MEMBERS=self.members,
+            WIDE=64,
+            OTHERS=32,
+            num_warps=4,
+        )
+        return entries, bits, lengths, NE
+
+
+def _starts(bounds: Tensor, size: int) -> Tensor:
+    pieces = (bounds.diff() + size - 1) // size
+    return torch.nn.functional.pad(pieces.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+@triton.jit
+def _listed(indices, counts, row, f, n_entries, NB, stride_c, C: tl.constexpr):
+    """Entry `f` of the lists of several rows, both classes of a row after one another; −1 where there is none."""
+    i = f // NB
+    at = row + (i % C) * stride_c + i // C
+    n = tl.load(counts + at, mask=f < n_entries, other=0)
+    return tl.load(indices + at * NB + f % NB, mask=f % NB < n, other=-1), i
+
+
+@triton.jit(do_not_specialize=["T", "S", "NM", "NB", "NL", "NE", "window"])
+def _lists_kernel(
+    indices,
+    counts,
+    entries,
+    bits,
+    lengths,
+    table,
+    row_starts,
+    cu_q,
+    cu_k,
+    T,
+    S,
+    H,
+    NM,
+    NB,
+    NL,
+    NE,
+    window,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PACKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WIDE: tl.constexpr,
+    OTHERS: tl.constexpr,
+):
+    """One program builds one list: of equal entries the first stays, and collects the bits of all."""
+    pid = tl.program_id(0).to(tl.int64)
+    i_list = pid % NL
+    i_bh = pid // NL
+    own, sequence, _, Tq, _, Sk = sequence_of(i_list, table, cu_q, cu_k, T, S, PACKED)
+    row = own * ROWS
+    first = row * BLOCK_M
+    rows = tl.maximum(tl.cdiv(tl.minimum(Tq - first, ROWS * BLOCK_M), BLOCK_M), 0)
+    pos_first = Sk - Tq + first
+    pos_last = tl.minimum(pos_first + ROWS * BLOCK_M, Sk) - 1
+    if PACKED:
+        row += tl.load(row_starts + sequence)
+    n_entries = tl.maximum(tl.minimum(rows, NM - row), 0) * C * NB
+    stride_c = H * NM.to(tl.int64)
+    row = ((i_bh // H) * C * H + i_bh % H) * NM + row  # of class 0, over all batches and heads
+    n_clear = 0
+    n_masked = 0
+    for i in range(0, n_entries, WIDE):
+        f = i + tl.arange(0, WIDE)
+        block, _mine = _listed(indices, counts, row, f, n_entries, NB, stride_c, C)
+        keep = (block >= 0) & (block < tl.cdiv(Sk, BLOCK_N))
+        start = tl.where(keep, block, 0) * BLOCK_N
+        keep = keep & (start <= pos_last)
+        if WINDOWED:
+            keep = keep & (start + BLOCK_N > pos_first - window + 1)
+        chosen = tl.zeros([WIDE], tl.int32)
+        for j in range(0, n_entries if MEMBERS else tl.minimum(i + WIDE, n_entries), OTHERS):
+            g = j + tl.arange(0, OTHERS)
+            other, who = _listed(indices, counts, row, g, n_entries, NB, stride_c, C)
+            same = block[:, None] == other[None, :]
+            keep = keep & (tl.max((same & (g[None, :] < f[:, None])).to(tl.int32), 1) == 0)
+            if MEMBERS:
+                before, _theirs = _listed(indices, counts, row, tl.maximum(g - 1, 0), n_entries, NB, stride_c, C)
+                repeated = (g % NB > 0) & (before == other)
+                chosen += tl.sum(tl.where(same & (repeated == 0)[None, :], 1 << who[None, :], 0), 1)
+        clear = keep & WHOLE & (start + BLOCK_N - 1 <= pos_first)
+        if WINDOWED:
+            clear = clear & (start > pos_last - window)
+        masked = keep & (clear == 0)
+        at = n_clear + tl.cumsum(clear.to(tl.int32), 0) - 1
+        at = tl.where(clear, at, NE - n_masked - tl.cumsum(masked.to(tl.int32), 0))
+        tl.store(entries + pid * NE + at, block, mask=keep)
+        if MEMBERS:
+            tl.store(bits + pid * NE + at, chosen, mask=keep)
+        n_clear += tl.sum(clear.to(tl.int32), 0)
+        n_masked += tl.sum(masked.to(tl.int32), 0)
+    tl.store(lengths + 2 * pid, n_clear)
+    tl.store(lengths + 2 * pid + 1, n_masked)

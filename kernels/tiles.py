@@ -1,0 +1,95 @@
+"""Tile sizes: a plain function of head size, dtype, architecture and phase, no autotuner.
+
+A query tile has ROWS = tokens × heads of one GQA group, so that the tensor cores' rows are full even where few tokens
+share a list of key blocks; a key tile is at most one key block.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+MOST_ROWS = 16  # of a selection in one list: their bits, for two classes, fit an int32
+
+
+class Tile(NamedTuple):
+    rows: int  # query vectors
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile_sizes(head_dim: int, dtype: torch.dtype, arch: int, phase: str) -> Tile:
+    """Largest tile of a kernel.
+
+    Args:
+        arch: compute capability, 90 for Hopper; 0 for the interpreter.
+        phase: "forward", "dq" or "dkv"; "forward_union" and "dq_union" for lists of several rows. In the backward, rows
+            count pairs of heads.
+    """
+    if arch == 0:
+        return Tile(64, 64, 4, 1)
+    if dtype.itemsize > 2:  # no tensor cores: float32 is for tests
+        return Tile(32 if phase.startswith("forward") else 16, 32 if head_dim <= 64 else 16, 4, 1)
+    size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
+    return (_HOPPER if arch >= 90 else _AMPERE)[phase][size]
+
+
+# For head sizes up to 64, 128, 256; chosen so that the compiled kernels barely spill. Hopper wants a warp for every 16
+# rows ("dkv": keys): with more warps the accumulator changes its layout in every step.
+_HOPPER = {
+    "forward": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+    "forward_union": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    "dq": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
+    "dq_union": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
+    "dkv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+}
+_AMPERE = {
+    "forward": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
+    "forward_union": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
+    "dq": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
+    "dq_union": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
+    "dkv": (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1)),
+}
+
+
+class Packing(NamedTuple):
+    """Tokens and heads of a query tile; all but the last are powers of two."""
+
+    heads: int  # of one group; padding where the group is no power of two
+    tokens: int
+    chunks: int  # tiles that share the heads of a group
+    rows: int  # of the selection, in one list
+
+
+def query_tile(
+    phase: str, group: int, block_m: int, head_dim: int, dtype: torch.dtype, arch: int
+) -> tuple[Tile, Packing]:
+    """The tile of a kernel that goes by query rows, and how `group` heads (or pairs of heads) fill it.
+
+    Several short rows of a selection share a tile where one alone would leave it too empty; then each walks the union
+    of their lists.
+    """
+    tile, union = (tile_sizes(head_dim, dtype, arch, p) for p in (phase, phase + "_union"))
+    heads = min(triton.next_power_of_2(group), tile.rows)
+    tokens = min(tile.rows // heads, triton.next_power_of_2(block_m))
+    rows = 1
+    if tokens * heads < union.rows:
+        tile = union
+        heads = min(heads, tile.rows)
+        rows = max(1, min(tile.rows // heads // block_m, MOST_ROWS))
+        tokens = triton.next_power_of_2(rows * block_m)
+    return tile, Packing(heads, max(tokens, 16 // heads), triton.cdiv(group, heads), rows)
+
+
+def arch_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def key_tile(most: int, block_n: int) -> tuple[int, int]:
+    """Keys of a tile, and how many tiles walk one key block."""
+    keys = max(16, min(most, triton.next_power_of_2(block_n)))
+    return keys, triton.cdiv(block_n, keys)
