@@ -79,9 +79,6 @@ def blockwise_paged(
     return walk.forward(q.flatten(0, 1), k_pages, v_pages, lam, False)[0].unflatten(0, (B, T))
 
 
-# --- which blocks a chunk of rows reads ---
-
-
 @dataclass(frozen=True)
 class _Given:
     """The lists of a BlockSelection, rows of all sequences in one dimension."""
@@ -146,9 +143,6 @@ def _lists(q, S, selection, window, cu_seqlens_q, cu_seqlens_k) -> _Given | _Com
     return _Computed(max(1, min(T, 128)), block_n, window, -(-S // block_n))
 
 
-# --- keys and values as pages ---
-
-
 @dataclass(frozen=True)
 class _Paging:
     """Where the keys of contiguous or packed sequences go when they are cut into pages of one KV head each."""
@@ -186,9 +180,6 @@ class _Paging:
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """Products of 16-bit operands are exact in float32; a CPU is faster at those, too."""
     return torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
-
-
-# --- the walk over chunks of rows ---
 
 
 @dataclass(frozen=True)

@@ -224,8 +224,6 @@ class SharedKVCache:
         """The summaries of some sequences, `[b, NC, H, D]`, as many as the longest sequence has."""
         return self.summaries[sequence, : max(self.tokens) // self.spec.block_n]
 
-    # --- what Transformers' `generate` asks of a cache ---
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the padded batch read so far: `generate` cuts its input ids after them."""
         return self.columns
