@@ -1,0 +1,65 @@
+"""Compiles the kernels for a GPU that is not there: `python -m tests.compile_offline 90`, once per case that it prints.
+
+The real launchers run on CPU tensors with a driver that names a target but launches nothing, so every kernel is built
+with just the arguments and constants of that call, down to machine code. The interpreter cannot tell that a kernel
+compiles: it knows no types of loop-carried variables, no shared memory, no layouts.
+"""
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from diffv2_sparse import TopK, ops, select_blocks
+from diffv2_sparse.kernels import tiles
+
+CASES = {  # T, HQ, H, D, differential, options
+    "rows of 128": (256, 16, 2, 128, True, {"block_m": 128, "block_n": 128}),
+    "rows of 64, per class": (256, 8, 2, 64, True, {"block_m": 64, "block_n": 64, "mode": "per_class"}),
+    "rows of one token": (64, 16, 2, 128, True, {"block_m": 1, "block_n": 16}),
+    "ordinary, rows of 16": (64, 3, 1, 96, False, {"block_m": 16, "block_n": 16, "mode": "per_head"}),
+    "window": (64, 8, 2, 64, True, None),
+}
+
+
+class NamedTarget:
+    """As much of a driver as compilation asks for."""
+
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_all(arch: int) -> None:
+    triton.runtime.driver.set_active(NamedTarget(arch))
+    tiles_of = tiles.arch_of
+    for module in [m for name, m in sys.modules.items() if name.startswith("diffv2_sparse.kernels")]:
+        if getattr(module, "arch_of", None) is tiles_of:
+            module.arch_of = lambda device: arch
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: kernel.warmup(*args, grid=grid, **kwargs)
+    for name, (T, HQ, H, D, differential, options) in CASES.items():
+        q, k, v = (torch.randn(1, T, h, D, dtype=torch.bfloat16, requires_grad=True) for h in (HQ, H, H))
+        lam = torch.randn(1, T, HQ // 2, dtype=torch.bfloat16, requires_grad=True) if differential else None
+        selection = None if options is None else select_blocks(q, k, budget=TopK(4), local_blocks=1, **options)
+        window = 16 if options is None else None
+        call = {"scale": D**-0.5, "window": window, "cu_seqlens_q": None, "cu_seqlens_k": None}
+        o, _ = ops.triton_attention(q, k, v, lam, selection, **call)
+        o.backward(torch.zeros_like(o))
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    # imported for its launchers, so that `arch_of` can be set everywhere
+    from diffv2_sparse.kernels import backward, forward  # noqa: F401
+
+    compile_all(int(sys.argv[1]))
