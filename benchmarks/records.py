@@ -5,38 +5,29 @@
 """
 
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from diffv2_sparse.environment import environment
+
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("flash-attn", "flash-attn-4", "xformers")
 
 
-def environment() -> dict:
-    """Hardware, versions, commit and date of this run."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "transformers", "flash-attn", "flash-attn-4", "xformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    return {
-        "gpu": gpu,
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": commit.stdout.strip() or None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+def stamp() -> dict:
+    """The environment of this run, the versions of the peers that are installed included."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = environment(device)
+    for package in PEERS:
+        with suppress(PackageNotFoundError):
+            found["versions"][package] = version(package)
+    return found
 
 
 def time_interleaved(kinds: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
@@ -61,13 +52,5 @@ def save(name: str, records: list[dict]) -> Path:
     """Writes `benchmarks/results/NAME.json`; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "records": records}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": stamp(), "records": records}, indent=1) + "\n")
     return path
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

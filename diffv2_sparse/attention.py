@@ -76,79 +76,39 @@ def diff_attention(
 
             return sdpa_masked_attention(q, k, v, lam_logit, selection, scale=scale)
         backend = _automatic(q, selection)
+    inputs, span = (q, k, v, lam_logit), {"scale": scale, "window": window}
+    bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     if backend == "reference":
         from .reference import reference_attention
 
-        return reference_attention(
-            q,
-            k,
-            v,
-            lam_logit,
-            selection,
-            scale=scale,
-            window=window,
-            return_lse=return_lse,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        )
+        return reference_attention(*inputs, selection, **span, **bounds, return_lse=return_lse)
     if backend == "flash":
         from .adapters import flash_attention
 
         if selection is not None:
             raise ValueError('backend: "flash" takes no selection; "torch" and "flex" do')
-        return flash_attention(
-            q,
-            k,
-            v,
-            lam_logit,
-            scale=scale,
-            window=window,
-            return_lse=return_lse,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        )
+        return flash_attention(*inputs, **span, **bounds, return_lse=return_lse)
     if backend == "flex":
         from .adapters import flex_attention
 
         if packed:
             raise ValueError('backend: "flex" takes no cu_seqlens; "torch" does')
-        return flex_attention(q, k, v, lam_logit, selection, scale=scale, window=window, return_lse=return_lse)
+        return flex_attention(*inputs, selection, **span, return_lse=return_lse)
     if backend == "triton":
         from .ops import obstacle, triton_attention
 
         if reason := obstacle(q):
             raise ValueError(f'backend: "triton": {reason}; "torch" would do')
-        o, lse = triton_attention(
-            q,
-            k,
-            v,
-            lam_logit,
-            selection,
-            scale=scale,
-            window=window,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        )
+        o, lse = triton_attention(*inputs, selection, **span, **bounds)
         return (o, lse) if return_lse else o
     dense = selection is None and window is None
     if dense and not packed and not return_lse and (q.shape[1] in (1, k.shape[1]) or q.is_cuda):
         from .adapters import sdpa_attention
 
-        return sdpa_attention(q, k, v, lam_logit, scale=scale)
+        return sdpa_attention(*inputs, scale=scale)
     from .blockwise import blockwise_attention
 
-    o, lse = blockwise_attention(
-        q,
-        k,
-        v,
-        lam_logit,
-        selection,
-        scale=scale,
-        window=window,
-        return_lse=return_lse,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-    )
+    o, lse = blockwise_attention(*inputs, selection, **span, **bounds, return_lse=return_lse)
     return (o, lse) if return_lse else o
 
 

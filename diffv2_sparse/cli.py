@@ -263,6 +263,7 @@ def niah(
         from rich.console import Console
 
         from . import niah, niah_answers, niah_report
+        from .environment import environment
         from .haystack import documentation, text_from_path
 
         background = documentation("test") if haystack is None else text_from_path(haystack)
@@ -286,7 +287,7 @@ def niah(
                 batch=batch,
                 progress=report,
             )
-        environment = niah_report.environment(
+        stamp = environment(
             lm.device,
             checkpoint=model or "bundled",
             dtype=str(lm.dtype).removeprefix("torch."),
@@ -295,7 +296,7 @@ def niah(
             seed=seed,
             batch=batch or trials,
         )
-        results, heatmap = niah_report.write_results(output, records, environment)
+        results, heatmap = niah_report.write_results(output, records, stamp)
         Console().print(niah_report.table(records))
         typer.echo(f"results   {results}\nheat map  {heatmap}")
 

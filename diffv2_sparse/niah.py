@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from . import haystack
+from .environment import hardware, versions
 from .niah_answers import ANSWER_TOKENS, MODES, Answers, ask, check_mode
 from .niah_cells import Cell, CellStore, sources_digest, tensor_bytes, weights_digest
-from .niah_report import hardware, versions
 
 Progress = Callable[[int, int, str], None]
 

@@ -1,10 +1,9 @@
 """Which key blocks each row of queries attends to, as a value.
 
 Keys are cut into blocks of `block_n`, queries into rows of `block_m` tokens counted from the call's first query. A
-whole GQA group shares
-its lists: one list for both classes (C = 1), or one for the signal heads and one for the noise heads (C = 2).
-Everything here is bookkeeping in plain torch; choosing the blocks is `selectors.py`, attending to them `blockwise.py`
-and the kernels.
+whole GQA group shares its lists: one list for both classes (C = 1), or one for the signal heads and one for the noise
+heads (C = 2). Everything here is bookkeeping in plain torch; choosing the blocks is `selectors.py`, attending to them
+`blockwise.py` and the kernels.
 """
 
 from __future__ import annotations

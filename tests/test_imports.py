@@ -17,7 +17,7 @@ FLOORS = (
     {"selection"},
     {"reference", "blockwise", "adapters", "ops"},
     {"selectors", "cache", "attention"},
-    {"yoco", "hf", "haystack", "tokenizer"},
+    {"yoco", "hf", "haystack", "tokenizer", "environment"},
     {"train", "curriculum", "niah", "niah_answers", "niah_cells", "niah_report", "continuation"},
     {"cli"},
 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from diffv2_sparse import haystack, niah, niah_answers, niah_cells, niah_report
+from diffv2_sparse.environment import environment as stamp
 from diffv2_sparse.selection import BlockSelection
 from diffv2_sparse.tokenizer import byte_tokenizer
 from diffv2_sparse.yoco import DiffV2YocoConfig, DiffV2YocoForCausalLM
@@ -484,7 +485,7 @@ def test_the_heat_map_shows_depth_downwards_and_length_to_the_right(tmp_path):
 
 def test_results_hold_the_environment_and_the_records(tmp_path):
     records = records_of(0.5)
-    environment = niah_report.environment(torch.device("cpu"), checkpoint="a", seed=3)
+    environment = stamp(torch.device("cpu"), checkpoint="a", seed=3)
     results, heatmap = niah_report.write_results(tmp_path, records, environment)
     kept = json.loads(results.read_text())
     assert kept == {"environment": environment, "records": records}
