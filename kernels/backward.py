@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .domain import Domain
 from .key_gradients import key_gradients
+from .primitives import padded, strides_of
 from .query_gradient import query_gradient
 
 
@@ -27,12 +28,8 @@ def _delta_kernel(
     lam_logit,
     delta,
     dlam,
-    stride_db,
-    stride_dt,
-    stride_dh,
-    stride_lb,
-    stride_lt,
-    stride_lh,
+    do_strides,
+    lam_strides,
     N,
     T,
     HO: tl.constexpr,
@@ -49,12 +46,12 @@ def _delta_kernel(
     live = i < N
     dims = tl.arange(0, DP)
     inside = live[:, None] & (dims < D)[None, :]
-    do_at = do + (b * stride_db + t * stride_dt + head * stride_dh)[:, None] + dims[None, :]
+    do_at = do + (b * do_strides.b + t * do_strides.t + head * do_strides.h)[:, None] + dims[None, :]
     do_tile = tl.load(do_at, mask=inside, other=0.0).to(tl.float32)
     offs = i[:, None] * D + dims[None, :]
     own = tl.sum(do_tile * tl.load(o + offs, mask=inside, other=0.0).to(tl.float32), 1)
     if DIFF:
-        lam_at = lam_logit + b * stride_lb + t * stride_lt + head * stride_lh
+        lam_at = lam_logit + b * lam_strides.b + t * lam_strides.t + head * lam_strides.h
         lam = tl.sigmoid(tl.load(lam_at, mask=live, other=0.0).to(tl.float32))
         noise = tl.sum(do_tile * tl.load(o_noise + offs, mask=inside, other=0.0).to(tl.float32), 1)
         tl.store(dlam + i, (-lam * (1.0 - lam) * noise).to(dlam.dtype.element_ty), mask=live)
@@ -89,7 +86,7 @@ def backward(
     diff = lam_logit is not None
     delta = torch.empty_like(lse)
     dlam = torch.empty(B, T, HO, dtype=lam_logit.dtype, device=q.device) if diff else None
-    DP = max(16, triton.next_power_of_2(D))
+    DP = padded(D)
     rows = max(1, 4096 // DP)
     _delta_kernel[(triton.cdiv(B * T * HO, rows),)](
         do,
@@ -98,8 +95,8 @@ def backward(
         lam_logit,
         delta,
         dlam,
-        *do.stride()[:3],
-        *(lam_logit.stride() if diff else (0, 0, 0)),
+        strides_of(do),
+        strides_of(lam_logit),
         B * T * HO,
         T,
         HO=HO,

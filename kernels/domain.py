@@ -2,13 +2,14 @@
 
 Queries are cut into *lists*: one row of a selection, or several short rows that one tile of the tensor cores takes
 together. A list holds the union of its rows' blocks (over both classes, too), each block once, with one bit per row
-and class that says who chose it; blocks that every token sees whole come from the front, those that need a mask from
-the back. Entries out of range, repeated, or seen by no token are dropped here, so that the kernels that walk lists
-never meet them. Without a selection nothing is stored: the walk follows from the positions.
+and class that says who chose it; blocks that every token sees whole come first, then those that need a mask. Entries
+out of range, repeated, or seen by no token are dropped here, so that the kernels that walk lists never meet them.
+Without a selection nothing is stored: the walk follows from the positions.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import sequence_of
+
+NOTHING = tl.constexpr(2**31 - 1)  # sorts after every block
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,17 @@ class Domain:
         return most, torch.stack([sequence.masked_fill(padding, 0), own.masked_fill(padding, total)], 1)
 
 
+class Walks(NamedTuple):
+    """What a kernel reads of its lists; None where it has no need of it. All int32. For classes apart, C · H for H."""
+
+    entries: Tensor | None  # [B, H, NL, NE] key blocks
+    bits: Tensor | None  # like entries: who chose them
+    lengths: Tensor | None  # [B, H, NL, 2]: clear entries, all entries
+    table: Tensor | None  # [NL, 2]: the sequence of a list, and its number there
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+
+
 @dataclass(frozen=True)
 class Lists:
     """The walks of all tiles of TOKENS tokens; a list is walked by `tiles` tiles. Without a selection only the cut."""
@@ -70,6 +84,7 @@ class Lists:
     domain: Domain
     tokens: int  # of a tile
     rows: int  # of the selection in one list
+    apart: bool = False  # each class has lists of its own, else a list unites both
 
     @cached_property
     def span(self) -> int:
@@ -87,17 +102,41 @@ class Lists:
     @property
     def members(self) -> bool:
         """Whether blocks differ in who chose them."""
-        return self.rows * self.domain.classes > 1
+        return self.rows * self.classes > 1
+
+    @property
+    def classes(self) -> int:
+        """Of one list."""
+        return 1 if self.apart else self.domain.classes
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """Of the kernels that walk these lists."""
+        domain = self.domain
+        return {
+            "C": self.classes,
+            "LISTS": domain.indices is not None,
+            "MEMBERS": self.members,
+            "PACKED": domain.packed,
+            "WINDOWED": domain.window is not None,
+            "LIST_TOKENS": self.span,
+            "LIST_TILES": self.tiles,
+            "BLOCK_M": domain.block_m,
+            "BLOCK_N": domain.block_n,
+        }
 
     @cached_property
-    def built(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-        """entries, bits `[B, H, NL, NE]` and lengths `[B, H, NL, 2]` (clear, masked), int32; and NE."""
+    def built(self) -> tuple[Walks, int, int]:
+        """The walks, NL and NE."""
         domain = self.domain
-        if domain.indices is None:
-            return None, None, None, 0
-        B, C, H, NM, NB = domain.indices.shape
         NL, table = self.cut
+        if domain.indices is None:
+            return Walks(None, None, None, table, domain.cu_q, domain.cu_k), NL, 0
+        B, _, H, NM, NB = domain.indices.shape
+        C = self.classes
+        H *= domain.classes // C
         NE = max(1, min(self.rows * C * NB, triton.cdiv(domain.S, domain.block_n)))
+        wide = triton.next_power_of_2(self.rows * C * NB)
         entries = domain.indices.new_empty(B, H, NL, NE)
         bits = torch.empty_like(entries) if self.members else None
         lengths = domain.indices.new_empty(B, H, NL, 2)
@@ -127,25 +166,16 @@ class Lists:
             PACKED=domain.packed,
             WINDOWED=domain.window is not None,
             MEMBERS=self.members,
-            WIDE=64,
-            OTHERS=32,
-            num_warps=4,
+            WIDE=wide,
+            DOUBLINGS=(self.rows * C - 1).bit_length(),
+            num_warps=min(max(wide // 128, 1), 16),
         )
-        return entries, bits, lengths, NE
+        return Walks(entries, bits, lengths, table, domain.cu_q, domain.cu_k), NL, NE
 
 
 def _starts(bounds: Tensor, size: int) -> Tensor:
     pieces = (bounds.diff() + size - 1) // size
     return torch.nn.functional.pad(pieces.cumsum(0, dtype=torch.int32), (1, 0))
-
-
-@triton.jit
-def _listed(indices, counts, row, f, n_entries, NB, stride_c, C: tl.constexpr):
-    """Entry `f` of the lists of several rows, both classes of a row after one another; −1 where there is none."""
-    i = f // NB
-    at = row + (i % C) * stride_c + i // C
-    n = tl.load(counts + at, mask=f < n_entries, other=0)
-    return tl.load(indices + at * NB + f % NB, mask=f % NB < n, other=-1), i
 
 
 @triton.jit(do_not_specialize=["T", "S", "NM", "NB", "NL", "NE", "window"])
@@ -176,9 +206,9 @@ def _lists_kernel(
     WINDOWED: tl.constexpr,
     MEMBERS: tl.constexpr,
     WIDE: tl.constexpr,
-    OTHERS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
 ):
-    """One program builds one list: of equal entries the first stays, and collects the bits of all."""
+    """One program builds one list of at most WIDE entries: sorted, so that equal blocks meet and merge."""
     pid = tl.program_id(0).to(tl.int64)
     i_list = pid % NL
     i_bh = pid // NL
@@ -191,38 +221,38 @@ def _lists_kernel(
     if PACKED:
         row += tl.load(row_starts + sequence)
     n_entries = tl.maximum(tl.minimum(rows, NM - row), 0) * C * NB
-    stride_c = H * NM.to(tl.int64)
     row = ((i_bh // H) * C * H + i_bh % H) * NM + row  # of class 0, over all batches and heads
-    n_clear = 0
-    n_masked = 0
-    for i in range(0, n_entries, WIDE):
-        f = i + tl.arange(0, WIDE)
-        block, _mine = _listed(indices, counts, row, f, n_entries, NB, stride_c, C)
-        keep = (block >= 0) & (block < tl.cdiv(Sk, BLOCK_N))
-        start = tl.where(keep, block, 0) * BLOCK_N
-        keep = keep & (start <= pos_last)
-        if WINDOWED:
-            keep = keep & (start + BLOCK_N > pos_first - window + 1)
-        chosen = tl.zeros([WIDE], tl.int32)
-        for j in range(0, n_entries if MEMBERS else tl.minimum(i + WIDE, n_entries), OTHERS):
-            g = j + tl.arange(0, OTHERS)
-            other, who = _listed(indices, counts, row, g, n_entries, NB, stride_c, C)
-            same = block[:, None] == other[None, :]
-            keep = keep & (tl.max((same & (g[None, :] < f[:, None])).to(tl.int32), 1) == 0)
-            if MEMBERS:
-                before, _theirs = _listed(indices, counts, row, tl.maximum(g - 1, 0), n_entries, NB, stride_c, C)
-                repeated = (g % NB > 0) & (before == other)
-                chosen += tl.sum(tl.where(same & (repeated == 0)[None, :], 1 << who[None, :], 0), 1)
-        clear = keep & WHOLE & (start + BLOCK_N - 1 <= pos_first)
-        if WINDOWED:
-            clear = clear & (start > pos_last - window)
-        masked = keep & (clear == 0)
-        at = n_clear + tl.cumsum(clear.to(tl.int32), 0) - 1
-        at = tl.where(clear, at, NE - n_masked - tl.cumsum(masked.to(tl.int32), 0))
-        tl.store(entries + pid * NE + at, block, mask=keep)
-        if MEMBERS:
-            tl.store(bits + pid * NE + at, chosen, mask=keep)
-        n_clear += tl.sum(clear.to(tl.int32), 0)
-        n_masked += tl.sum(masked.to(tl.int32), 0)
+
+    f = tl.arange(0, WIDE)
+    who = tl.minimum(f // NB, ROWS * C - 1)  # both classes of a row after one another
+    at = row + (who % C) * (H * NM.to(tl.int64)) + who // C
+    listed = f < n_entries
+    listed = listed & (f % NB < tl.load(counts + at, mask=listed, other=0))
+    block = tl.load(indices + at * NB + f % NB, mask=listed, other=-1)
+    keep = (block >= 0) & (block < tl.cdiv(Sk, BLOCK_N))
+    start = tl.where(keep, block, 0) * BLOCK_N
+    keep = keep & (start <= pos_last)
+    if WINDOWED:
+        keep = keep & (start + BLOCK_N > pos_first - window + 1)
+    block = tl.where(keep, block, NOTHING)
+    order = tl.sort(block.to(tl.int64) * (ROWS * C) + who)
+    block = (order // (ROWS * C)).to(tl.int32)
+    if MEMBERS:
+        chosen = 1 << (order % (ROWS * C)).to(tl.int32)
+        for i in tl.static_range(DOUBLINGS):  # the first of equal blocks collects the bits of those behind it
+            behind = tl.minimum(f + (1 << i), WIDE - 1)
+            chosen |= tl.where(tl.gather(block, behind, 0) == block, tl.gather(chosen, behind, 0), 0)
+    before = tl.gather(block, tl.maximum(f - 1, 0), 0)
+    keep = (block != NOTHING) & ((block != before) | (f == 0))
+    start = tl.where(keep, block, 0) * BLOCK_N
+    clear = keep & WHOLE & (start + BLOCK_N - 1 <= pos_first)
+    if WINDOWED:
+        clear = clear & (start > pos_last - window)
+    masked = keep & (clear == 0)
+    n_clear = tl.sum(clear.to(tl.int32), 0)
+    at = tl.where(clear, tl.cumsum(clear.to(tl.int32), 0), n_clear + tl.cumsum(masked.to(tl.int32), 0)) - 1
+    tl.store(entries + pid * NE + at, block, mask=keep)
+    if MEMBERS:
+        tl.store(bits + pid * NE + at, chosen, mask=keep)
     tl.store(lengths + 2 * pid, n_clear)
-    tl.store(lengths + 2 * pid + 1, n_masked)
+    tl.store(lengths + 2 * pid + 1, n_clear + tl.sum(masked.to(tl.int32), 0))

@@ -3,8 +3,10 @@
     o[p] = softmax(q_2p kᵀ · scale) v − sigmoid(lam_logit[p]) · softmax(q_2p+1 kᵀ · scale) v
 
 A tile is tokens × heads of one GQA group against one key block after another: each tile of K and V is loaded once for
-all of them, signal and noise, and the pair is subtracted before anything is written. Online softmax as in
-FlashAttention (Dao, arXiv 2307.08691); the formula is microsoft/unilm's Diff-Transformer-V2.
+all of them, signal and noise, and the pair is subtracted before anything is written. Where each class has its own list
+and its heads alone fill a tile, a tile is of one class after the other: then no product is spent on blocks that a class
+did not choose. Online softmax as in FlashAttention (Dao, arXiv 2307.08691); the formula is microsoft/unilm's
+Diff-Transformer-V2.
 """
 
 import torch
@@ -13,8 +15,80 @@ import triton.language as tl
 from torch import Tensor
 
 from .domain import Domain, Lists
-from .primitives import LN2, LOG2E, product, sequence_of, softmax_step, visible, walk_bounds
-from .tiles import arch_of, key_tile, query_tile
+from .primitives import (
+    LN2,
+    LOG2E,
+    describable,
+    describe,
+    key_tile_of,
+    load_keys,
+    padded,
+    product,
+    sequence_of,
+    softmax_step,
+    strides_of,
+    tile_of,
+    visible,
+    walk_of,
+)
+from .tiles import arch_of, fills_a_tile, key_tile, query_tile
+
+
+@triton.jit
+def _attend(
+    q_tile,
+    k,
+    v,
+    pos,
+    pos_first,
+    pos_last,
+    i_b,
+    i_h,
+    i_list,
+    bit,
+    k0,
+    Sk,
+    walks,
+    NE,
+    k_strides,
+    v_strides,
+    window,
+    scale_log2,
+    LISTS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUB: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Attention of queries `[ROWS, DP]`: output in float32 and lse in base 2; 0 and −∞ where nothing is seen."""
+    ROWS: tl.constexpr = q_tile.shape[0]
+    DP: tl.constexpr = q_tile.shape[1]
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DP], tl.float32)
+    steps, clear, low, clear_from = walk_of(
+        i_list, pos_first, pos_last, walks.lengths, window, LISTS, WINDOWED, SUB, KEYS
+    )
+    for e in range(0, steps):
+        start, block_end = key_tile_of(
+            e, walks.entries, i_list * NE, Sk, clear, low, clear_from, LISTS, BLOCK_N, SUB, KEYS
+        )
+        member = pos >= 0
+        if MEMBERS:
+            member = ((tl.load(walks.bits + i_list * NE + e // SUB) >> bit) & 1) != 0
+        k_tile = load_keys(k, i_b, i_h, k0, start, block_end, k_strides, D, KEYS, DP, DESCRIBED)
+        logits = product(q_tile, tl.trans(k_tile))
+        if e >= clear:
+            seen = visible(pos[:, None], (start + tl.arange(0, KEYS))[None, :], block_end, window, WINDOWED)
+            logits = tl.where(seen, logits, float("-inf"))
+        weights, decay, m, l = softmax_step(logits, m, l, scale_log2, member, MEMBERS)
+        v_tile = load_keys(v, i_b, i_h, k0, start, block_end, v_strides, D, KEYS, DP, DESCRIBED)
+        acc = product(weights.to(v_tile.dtype), v_tile, acc * decay[:, None])
+    total = tl.where(l == 0.0, 1.0, l)
+    return acc / total[:, None], m + tl.log2(total)
 
 
 @triton.jit(do_not_specialize=["T", "S", "NL", "NE", "window"])
@@ -26,24 +100,11 @@ def _forward_kernel(
     o,
     o_noise,
     lse,
-    entries,
-    bits,
-    lengths,
-    table,
-    cu_q,
-    cu_k,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_lb,
-    stride_lt,
-    stride_lh,
+    walks,
+    q_strides,
+    k_strides,
+    v_strides,
+    lam_strides,
     T,
     S,
     H,
@@ -55,11 +116,13 @@ def _forward_kernel(
     D: tl.constexpr,
     DIFF: tl.constexpr,
     C: tl.constexpr,
+    APART: tl.constexpr,
     SAVE_NOISE: tl.constexpr,
     LISTS: tl.constexpr,
     MEMBERS: tl.constexpr,
     PACKED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     LIST_TOKENS: tl.constexpr,
     LIST_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -71,17 +134,11 @@ def _forward_kernel(
     KEYS: tl.constexpr,
     DP: tl.constexpr,
 ):
+    """A tile is TOKENS × HEADS of the group's G heads; APART, it is of one class, noise first and then signal."""
     ROWS: tl.constexpr = TOKENS * HEADS
-    pid = tl.program_id(0).to(tl.int64)
-    tiles = NL * LIST_TILES
-    i_tile = tiles - 1 - pid % tiles  # of one KV head after another, longest walks first
-    i_c = (pid // tiles) % CHUNKS
-    i_bh = pid // tiles // CHUNKS
-    i_b = i_bh // H
-    i_h = i_bh % H
-    i_list = i_tile // LIST_TILES
-    own, _, q0, Tq, k0, Sk = sequence_of(i_list, table, cu_q, cu_k, T, S, PACKED)
-    skipped = (i_tile % LIST_TILES).to(tl.int32) * TOKENS  # tokens of the list that earlier tiles have
+    EACH: tl.constexpr = 2 if APART else 1
+    i_b, i_h, i_c, i_list, skipped = tile_of(NL, H, LIST_TILES, CHUNKS, TOKENS)
+    own, _, q0, Tq, k0, Sk = sequence_of(i_list, walks.table, walks.cu_q, walks.cu_k, T, S, PACKED)
     first = own * LIST_TOKENS + skipped
     if first >= Tq:
         return
@@ -90,83 +147,81 @@ def _forward_kernel(
 
     rows = tl.arange(0, ROWS)
     local = skipped + rows // HEADS
-    head = i_c.to(tl.int32) * HEADS + rows % HEADS
+    head = (i_c * HEADS + rows % HEADS) * EACH  # in the group, of the class 0
     t = own * LIST_TOKENS + local  # [ROWS]
     live = (local < LIST_TOKENS) & (t < Tq) & (head < G)
     pos = Sk - Tq + t
+    t += q0
     dims = tl.arange(0, DP)
-    offs = tl.arange(0, KEYS)
-
-    q_at = q + i_b * stride_qb + (q0 + t)[:, None] * stride_qt + (i_h * G + head)[:, None] * stride_qh + dims[None, :]
-    q_tile = tl.load(q_at, mask=live[:, None] & (dims < D)[None, :], other=0.0)  # [ROWS, DP]
-    k_at = k + i_b * stride_kb + k0 * stride_ks + i_h * stride_kh
-    v_at = v + i_b * stride_vb + k0 * stride_vs + i_h * stride_vh
-    k_offs = offs[:, None] * stride_ks + dims[None, :]
-    v_offs = offs[:, None] * stride_vs + dims[None, :]
-
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DP], tl.float32)
-    i_list += i_bh * NL
+    stored = live[:, None] & (dims < D)[None, :]
     bit = (local // BLOCK_M) * C + head % C
-    for MASKED in tl.static_range(2):
-        begin, end, jump, skip = walk_bounds(
-            i_list, pos_first, pos_last, lengths, NE, window, MASKED, LISTS, WINDOWED, SUB, KEYS
-        )
-        for e in range(begin, end):
-            if LISTS:
-                block_start = tl.load(entries + i_list * NE + e // SUB) * BLOCK_N
-                start = block_start + (e % SUB) * KEYS
-                block_end = tl.minimum(block_start + BLOCK_N, Sk)
-            else:
-                start = tl.where(e < jump, e, e + skip) * KEYS
-                block_end = Sk
-            member = live
-            if MEMBERS:
-                member = ((tl.load(bits + i_list * NE + e // SUB) >> bit) & 1) != 0
-            key = start + offs
-            loaded = (dims < D)[None, :]
-            if MASKED:
-                loaded = loaded & (key < block_end)[:, None]
-            if DP == D and not MASKED:
-                k_tile = tl.load(k_at + start.to(tl.int64) * stride_ks + k_offs)  # [KEYS, DP]
-            else:
-                k_tile = tl.load(k_at + start.to(tl.int64) * stride_ks + k_offs, mask=loaded, other=0.0)
-            logits = product(q_tile, tl.trans(k_tile))
-            if MASKED:
-                seen = visible(pos[:, None], key[None, :], block_end, window, WINDOWED)
-                logits = tl.where(seen, logits, float("-inf"))
-            weights, decay, m, l = softmax_step(logits, m, l, scale_log2, member, MEMBERS)
-            if DP == D and not MASKED:
-                v_tile = tl.load(v_at + start.to(tl.int64) * stride_vs + v_offs)
-            else:
-                v_tile = tl.load(v_at + start.to(tl.int64) * stride_vs + v_offs, mask=loaded, other=0.0)
-            acc = product(weights.to(v_tile.dtype), v_tile, acc * decay[:, None])
-
-    total = tl.where(l == 0.0, 1.0, l)  # a token that saw nothing: 0, and lse −inf
-    acc = acc / total[:, None]
     HQ = H * G
-    tl.store(lse + (i_b * HQ + i_h * G + head) * T + q0 + t, (m + tl.log2(total)) * LN2, mask=live)
-    if DIFF:
-        signal, noise = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, DP]), (0, 2, 1)))
-        PAIRS: tl.constexpr = HEADS // 2
-        rows = tl.arange(0, ROWS // 2)
-        local = skipped + rows // PAIRS
-        pair = i_c.to(tl.int32) * PAIRS + rows % PAIRS
-        t = own * LIST_TOKENS + local
-        live = (local < LIST_TOKENS) & (t < Tq) & (pair < G // 2)
-        pair = i_h * (G // 2) + pair
-        t = q0 + t
-        lam = tl.load(lam_logit + i_b * stride_lb + t * stride_lt + pair * stride_lh, mask=live, other=0.0)
-        o_offs = ((i_b * T + t) * (HQ // 2) + pair)[:, None] * D + dims[None, :]
-        stored = live[:, None] & (dims < D)[None, :]
-        combined = signal - tl.sigmoid(lam.to(tl.float32))[:, None] * noise
-        tl.store(o + o_offs, combined.to(o.dtype.element_ty), mask=stored)
-        if SAVE_NOISE:
-            tl.store(o_noise + o_offs, noise.to(o.dtype.element_ty), mask=stored)
-    else:
-        o_offs = ((i_b * T + q0 + t) * HQ + i_h * G + head)[:, None] * D + dims[None, :]
-        tl.store(o + o_offs, acc.to(o.dtype.element_ty), mask=live[:, None] & (dims < D)[None, :])
+    for c in tl.static_range(EACH - 1, -1, -1):
+        hq = i_h * G + head + c
+        q_at = q + i_b * q_strides.b + t[:, None] * q_strides.t + hq[:, None] * q_strides.h + dims[None, :]
+        acc, lse_log2 = _attend(
+            tl.load(q_at, mask=stored, other=0.0),
+            k,
+            v,
+            pos,
+            pos_first,
+            pos_last,
+            i_b,
+            i_h,
+            ((i_b * EACH + c) * H + i_h) * NL + i_list,
+            bit,
+            k0,
+            Sk,
+            walks,
+            NE,
+            k_strides,
+            v_strides,
+            window,
+            scale_log2,
+            LISTS,
+            MEMBERS,
+            WINDOWED,
+            DESCRIBED,
+            BLOCK_N,
+            SUB,
+            KEYS,
+            D,
+        )
+        tl.store(lse + (i_b * HQ + hq) * T + t, lse_log2 * LN2, mask=live)
+        if APART:
+            pair = i_h * (G // 2) + head // 2
+            o_offs = ((i_b * T + t) * (HQ // 2) + pair)[:, None] * D + dims[None, :]
+            if c == 1:
+                noise = acc.to(o.dtype.element_ty)
+                tl.store(o + o_offs, noise, mask=stored)
+                if SAVE_NOISE:
+                    tl.store(o_noise + o_offs, noise, mask=stored)
+            else:
+                tl.debug_barrier()  # the noise half waits in o; other threads may have written what this one reads
+                noise = tl.load(o + o_offs, mask=stored, other=0.0).to(tl.float32)
+                lam_at = lam_logit + i_b * lam_strides.b + t * lam_strides.t + pair * lam_strides.h
+                lam = tl.sigmoid(tl.load(lam_at, mask=live, other=0.0).to(tl.float32))
+                tl.store(o + o_offs, (acc - lam[:, None] * noise).to(o.dtype.element_ty), mask=stored)
+        elif DIFF:
+            signal, noise = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, DP]), (0, 2, 1)))
+            PAIRS: tl.constexpr = HEADS // 2
+            rows = tl.arange(0, ROWS // 2)
+            local = skipped + rows // PAIRS
+            pair = i_c * PAIRS + rows % PAIRS
+            t = own * LIST_TOKENS + local
+            live = (local < LIST_TOKENS) & (t < Tq) & (pair < G // 2)
+            pair = i_h * (G // 2) + pair
+            t += q0
+            lam_at = lam_logit + i_b * lam_strides.b + t * lam_strides.t + pair * lam_strides.h
+            lam = tl.sigmoid(tl.load(lam_at, mask=live, other=0.0).to(tl.float32))
+            o_offs = ((i_b * T + t) * (HQ // 2) + pair)[:, None] * D + dims[None, :]
+            stored = live[:, None] & (dims < D)[None, :]
+            tl.store(o + o_offs, (signal - lam[:, None] * noise).to(o.dtype.element_ty), mask=stored)
+            if SAVE_NOISE:
+                tl.store(o_noise + o_offs, noise.to(o.dtype.element_ty), mask=stored)
+        else:
+            o_offs = ((i_b * T + t) * HQ + hq)[:, None] * D + dims[None, :]
+            tl.store(o + o_offs, acc.to(o.dtype.element_ty), mask=stored)
 
 
 def forward(
@@ -190,29 +245,27 @@ def forward(
     save_noise = save_noise and diff
     o_noise = torch.empty_like(o) if save_noise else o.new_empty(0)
     lse = torch.empty(B, HQ, T, dtype=torch.float32, device=q.device)
-    tile, packing = query_tile("forward", G, domain.block_m, D, q.dtype, arch_of(q.device))
-    lists = Lists(domain, packing.tokens, packing.rows)
-    NL, table = lists.cut
-    entries, bits, lengths, NE = lists.built
+    arch = arch_of(q.device)
+    described = not domain.packed and describable(arch, k, v)
+    phase = "forward" if described else "forward_pointers"
+    apart = domain.classes == 2 and fills_a_tile(phase, G // 2, domain.block_m, D, q.dtype, arch)
+    tile, packing = query_tile(phase, G // 2 if apart else G, domain.block_m, D, q.dtype, arch)
     keys, sub = key_tile(tile.keys, domain.block_n)
+    lists = Lists(domain, packing.tokens, packing.rows, apart)
+    walks, NL, NE = lists.built
     _forward_kernel[(NL * lists.tiles * packing.chunks * B * H,)](
         q,
-        k,
-        v,
+        describe(k, keys) if described else k,
+        describe(v, keys) if described else v,
         lam_logit,
         o,
         o_noise,
         lse,
-        entries,
-        bits,
-        lengths,
-        table,
-        domain.cu_q,
-        domain.cu_k,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *(lam_logit.stride() if diff else (0, 0, 0)),
+        walks,
+        strides_of(q),
+        strides_of(k),
+        strides_of(v),
+        strides_of(lam_logit),
         T,
         k.shape[1],
         H,
@@ -223,22 +276,16 @@ def forward(
         G=G,
         D=D,
         DIFF=diff,
-        C=domain.classes,
+        APART=apart,
         SAVE_NOISE=save_noise,
-        LISTS=entries is not None,
-        MEMBERS=lists.members,
-        PACKED=domain.packed,
-        WINDOWED=domain.window is not None,
-        LIST_TOKENS=lists.span,
-        LIST_TILES=lists.tiles,
-        BLOCK_M=domain.block_m,
-        BLOCK_N=domain.block_n,
+        DESCRIBED=described,
         SUB=sub,
         TOKENS=packing.tokens,
         HEADS=packing.heads,
         CHUNKS=packing.chunks,
         KEYS=keys,
-        DP=max(16, triton.next_power_of_2(D)),
+        DP=padded(D),
+        **lists.constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

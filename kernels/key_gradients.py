@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .domain import Domain
-from .primitives import LOG2E, load_lse, product, sequence_of, visible
+from .primitives import LOG2E, load_lse, padded, product, sequence_of, strides_of, visible
 from .tiles import arch_of, key_tile, tile_sizes
 
 
@@ -45,21 +45,11 @@ def _dkv_kernel(
     row_starts,
     cu_q,
     cu_k,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    stride_db,
-    stride_dt,
-    stride_dh,
-    stride_lb,
-    stride_lt,
-    stride_lh,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
+    lam_strides,
     T,
     S,
     BH,
@@ -121,8 +111,8 @@ def _dkv_kernel(
     dims = tl.arange(0, DP)
     loaded = (key < block_end)[:, None] & (dims < D)[None, :]
     token_k = k0 + key
-    k_at = k + (i_b * stride_kb + token_k * stride_ks + i_h * stride_kh)[:, None] + dims[None, :]
-    v_at = v + (i_b * stride_vb + token_k * stride_vs + i_h * stride_vh)[:, None] + dims[None, :]
+    k_at = k + (i_b * k_strides.b + token_k * k_strides.t + i_h * k_strides.h)[:, None] + dims[None, :]
+    v_at = v + (i_b * v_strides.b + token_k * v_strides.t + i_h * v_strides.h)[:, None] + dims[None, :]
     k_tile = tl.load(k_at, mask=loaded, other=0.0)
     v_tile = tl.load(v_at, mask=loaded, other=0.0)
     DK: tl.constexpr = dk is not None
@@ -173,8 +163,10 @@ def _dkv_kernel(
                 live = live & (in_group < G)
                 inside = live[:, None] & (dims < D)[None, :]
                 token = q0 + t
-                q_at = q + (i_b * stride_qb + token * stride_qt + head * EACH * stride_qh)[:, None] + dims[None, :]
-                do_at = do + (i_b * stride_db + token * stride_dt + head * stride_dh)[:, None] + dims[None, :]
+                q_at = (
+                    q + (i_b * q_strides.b + token * q_strides.t + head * EACH * q_strides.h)[:, None] + dims[None, :]
+                )
+                do_at = do + (i_b * do_strides.b + token * do_strides.t + head * do_strides.h)[:, None] + dims[None, :]
                 row_at = (i_b * (H * G * EACH) + head * EACH) * T + token
                 do_tile = tl.load(do_at, mask=inside, other=0.0)
                 if DK:
@@ -194,8 +186,8 @@ def _dkv_kernel(
                         dk_tile = product(dscores.to(q_tile.dtype), q_tile, dk_tile)
                     combined = signal
                 if DIFF and (C == 1 or part >= CHUNKS):
-                    q_tile = tl.load(q_at + stride_qh, mask=inside, other=0.0)
-                    lam_at = lam_logit + i_b * stride_lb + token * stride_lt + head * stride_lh
+                    q_tile = tl.load(q_at + q_strides.h, mask=inside, other=0.0)
+                    lam_at = lam_logit + i_b * lam_strides.b + token * lam_strides.t + head * lam_strides.h
                     lam = tl.sigmoid(tl.load(lam_at, mask=live, other=0.0).to(tl.float32))
                     shift = load_lse(lse + row_at + T, live)
                     noise = tl.exp2(product(k_tile, tl.trans(q_tile)) * (scale * LOG2E) - shift[None, :])
@@ -261,11 +253,11 @@ def key_gradients(
             None if rows is None else domain.row_starts(domain.block_m),
             domain.cu_q,
             domain.cu_k,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *do.stride()[:3],
-            *(lam_logit.stride() if diff else (0, 0, 0)),
+            strides_of(q),
+            strides_of(k),
+            strides_of(v),
+            strides_of(do),
+            strides_of(lam_logit),
             T,
             k.shape[1],
             B * H,
@@ -289,7 +281,7 @@ def key_gradients(
             HEADS=heads,
             CHUNKS=triton.cdiv(G, heads),
             KEYS=keys,
-            DP=max(16, triton.next_power_of_2(D)),
+            DP=padded(D),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -1,14 +1,49 @@
-"""Pieces that the attention kernels share: where a tile stands, what it sees, products, one step of online softmax.
+"""Pieces that the attention kernels share: where a tile stands, its walk over keys, products, a step of online softmax.
 
 A *list* is the walk of one run of query tokens over key blocks (see `domain.py`). Logits are kept in base 2: with
 s = scale · log2 e, softmax(x · scale) = exp2(x · s − m) / Σ exp2(x · s − m).
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Strides(NamedTuple):
+    """Of a tensor `[B, tokens, heads, D]`, or `[B, tokens, heads]`, in elements."""
+
+    b: int
+    t: int
+    h: int
+
+
+def strides_of(x: Tensor | None) -> Strides:
+    return Strides(0, 0, 0) if x is None else Strides(*x.stride()[:3])
+
+
+def padded(head_dim: int) -> int:
+    """The head size of a tile: a power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def describable(arch: int, *tensors: Tensor) -> bool:
+    """Whether Hopper's copy engine can fetch tiles of these tensors `[B, S, H, D]`: it wants multiples of 16 bytes."""
+    aligned = all(
+        x.data_ptr() % 16 == 0 and x.stride(3) == 1 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3])
+        for x in tensors
+    )
+    return aligned and (arch == 0 or arch >= 90)
+
+
+def describe(x: Tensor, keys: int) -> TensorDescriptor:
+    """Tiles of `keys` tokens of one head; what lies outside of x reads as 0."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, keys, 1, padded(x.shape[3])])
 
 
 @triton.jit
@@ -41,55 +76,107 @@ def sequence_of(i, table, cu_q, cu_k, T, S, PACKED: tl.constexpr):
 
 
 @triton.jit
-def walk_bounds(
+def tile_of(NL, H, LIST_TILES: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.constexpr):
+    """Of this program: batch, KV head, chunk of the group's heads, list, tokens of the list that earlier tiles have.
+
+    One KV head comes after another, so that its keys stay in the cache, and the longest walks first.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = NL * LIST_TILES
+    i_tile = tiles - 1 - pid % tiles
+    i_c = ((pid // tiles) % CHUNKS).to(tl.int32)
+    i_bh = pid // tiles // CHUNKS
+    return i_bh // H, i_bh % H, i_c, i_tile // LIST_TILES, (i_tile % LIST_TILES).to(tl.int32) * TOKENS
+
+
+@triton.jit
+def walk_of(
     i_list,
     pos_first,
     pos_last,
     lengths,
-    NE,
     window,
-    MASKED: tl.constexpr,
     LISTS: tl.constexpr,
     WINDOWED: tl.constexpr,
     SUB: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One half of a tile's walk, as `begin, end, jump, skip`: steps begin … end − 1.
+    """A tile's walk over key tiles, as `steps, clear, low, clear_from`: the first `clear` of `steps` need no mask.
 
-    One half sees its keys whole, the other is MASKED. With LISTS, a step is one of SUB parts of an entry:
-    clear entries fill a list from the front, masked ones from the back. Without, step e is key tile e, or from `jump`
-    on e + skip, so that the masked half leaves out the clear one.
+    With LISTS, each entry is SUB steps. Without, the walk takes the key tiles from `low` on, the clear ones, which
+    begin at `clear_from`, before the others.
     """
+    low = 0
+    clear_from = 0
     if LISTS:
-        if MASKED:
-            begin = (NE - tl.load(lengths + 2 * i_list + 1)) * SUB
-            end = NE * SUB
-        else:
-            begin = 0
-            end = tl.load(lengths + 2 * i_list) * SUB
-        jump = end
-        skip = 0
+        clear = tl.load(lengths + 2 * i_list) * SUB
+        steps = tl.load(lengths + 2 * i_list + 1) * SUB
     else:
-        low = 0
-        clear_from = 0
         if WINDOWED:
             low = tl.maximum(pos_first - window + 1, 0) // KEYS
             clear_from = tl.cdiv(tl.maximum(pos_last - window + 1, 0), KEYS)
         high = pos_last // KEYS + 1
-        clear_to = tl.maximum((pos_first + 1) // KEYS, clear_from)
+        clear_to = tl.minimum(tl.maximum((pos_first + 1) // KEYS, clear_from), high)
         clear_from = tl.minimum(clear_from, high)
-        clear_to = tl.minimum(clear_to, high)
-        if MASKED:
-            begin = low
-            end = high - (clear_to - clear_from)
-            jump = clear_from
-            skip = clear_to - clear_from
-        else:
-            begin = clear_from
-            end = clear_to
-            jump = end
-            skip = 0
-    return begin, end, jump, skip
+        clear = clear_to - clear_from
+        steps = high - low
+    return steps, clear, low, clear_from
+
+
+@triton.jit
+def key_tile_of(
+    e,
+    entries,
+    at,
+    Sk,
+    clear,
+    low,
+    clear_from,
+    LISTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUB: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Step `e` of a walk, whose list begins `at`: first key of its tile, and the end of its block."""
+    if LISTS:
+        block_start = tl.load(entries + at + e // SUB) * BLOCK_N
+        start = block_start + (e % SUB) * KEYS
+        block_end = tl.minimum(block_start + BLOCK_N, Sk)
+    else:
+        rest = low + e - clear
+        rest = tl.where(rest < clear_from, rest, rest + clear)
+        start = tl.where(e < clear, clear_from + e, rest) * KEYS
+        block_end = Sk
+    return start, block_end
+
+
+@triton.jit
+def load_keys(
+    x,
+    i_b,
+    i_h,
+    k0,
+    start,
+    block_end,
+    strides,
+    D: tl.constexpr,
+    KEYS: tl.constexpr,
+    DP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """Rows `start` … of one head of k or v, [KEYS, DP], in a sequence that begins at k0.
+
+    Rows from `block_end` on are 0, or, DESCRIBED (x is a tensor descriptor), keys of the same sequence.
+    """
+    if DESCRIBED:
+        tile = x.load([i_b.to(tl.int32), start, i_h.to(tl.int32), 0]).reshape(KEYS, DP)
+    else:
+        offs = tl.arange(0, KEYS)
+        dims = tl.arange(0, DP)
+        at = x + i_b * strides.b + k0 * strides.t + i_h * strides.h + start.to(tl.int64) * strides.t
+        inside = (start + offs < block_end)[:, None] & (dims < D)[None, :]
+        tile = tl.load(at + offs[:, None] * strides.t + dims[None, :], mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit

@@ -24,8 +24,8 @@ def tile_sizes(head_dim: int, dtype: torch.dtype, arch: int, phase: str) -> Tile
 
     Args:
         arch: compute capability, 90 for Hopper; 0 for the interpreter.
-        phase: "forward", "dq" or "dkv"; "forward_union" and "dq_union" for lists of several rows. In the backward, rows
-            count pairs of heads.
+        phase: "forward", "dq" (K and V through Hopper's copy engine), the same with "_pointers", "dkv"; "…_union" for
+            lists of several rows. In the backward, rows count pairs of heads.
     """
     if arch == 0:
         return Tile(64, 64, 4, 1)
@@ -35,20 +35,24 @@ def tile_sizes(head_dim: int, dtype: torch.dtype, arch: int, phase: str) -> Tile
     return (_HOPPER if arch >= 90 else _AMPERE)[phase][size]
 
 
-# For head sizes up to 64, 128, 256; chosen so that the compiled kernels barely spill. Hopper wants a warp for every 16
-# rows ("dkv": keys): with more warps the accumulator changes its layout in every step.
+# For head sizes up to 64, 128, 256; chosen so that the compiled kernels barely spill. On Hopper two programs share a
+# multiprocessor where registers allow: one's softmax hides behind the other's products.
 _HOPPER = {
-    "forward": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+    "forward": (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(128, 64, 8, 2)),
     "forward_union": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
-    "dq": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
-    "dq_union": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
+    "forward_pointers": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    "forward_pointers_union": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    "dq": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 32, 8, 1)),
+    "dq_union": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(64, 32, 4, 1)),
+    "dq_pointers": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
+    "dq_pointers_union": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
     "dkv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
 }
 _AMPERE = {
-    "forward": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
-    "forward_union": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
-    "dq": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
-    "dq_union": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
+    "forward_pointers": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
+    "forward_pointers_union": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
+    "dq_pointers": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
+    "dq_pointers_union": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
     "dkv": (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1)),
 }
 
@@ -80,6 +84,11 @@ def query_tile(
         rows = max(1, min(tile.rows // heads // block_m, MOST_ROWS))
         tokens = triton.next_power_of_2(rows * block_m)
     return tile, Packing(heads, max(tokens, 16 // heads), triton.cdiv(group, heads), rows)
+
+
+def fills_a_tile(phase: str, group: int, block_m: int, head_dim: int, dtype: torch.dtype, arch: int) -> bool:
+    """Whether one row of a selection has enough tokens × heads to walk its list alone."""
+    return block_m * triton.next_power_of_2(group) >= tile_sizes(head_dim, dtype, arch, phase + "_union").rows
 
 
 def arch_of(device: torch.device) -> int:
