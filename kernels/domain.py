@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import sequence_of
+from .primitives import describable, sequence_of
 
 NOTHING = tl.constexpr(2**31 - 1)  # sorts after every block
 
@@ -64,6 +64,14 @@ class Domain:
         own = piece - starts[sequence.clamp(max=bounds.shape[0] - 2)]
         padding = sequence >= bounds.shape[0] - 1
         return most, torch.stack([sequence.masked_fill(padding, 0), own.masked_fill(padding, total)], 1)
+
+
+def takes_descriptors(domain: Domain, arch: int, k: Tensor, v: Tensor) -> bool:
+    """Whether K and V tiles come by Hopper's copy engine. Where tiles span several small blocks, or keys of another
+    sequence could come along, pointers must do.
+    """
+    whole = domain.indices is None or domain.block_n >= 64
+    return whole and not domain.packed and describable(arch, k, v)
 
 
 class Walks(NamedTuple):
@@ -114,7 +122,6 @@ class Lists:
         """Of the kernels that walk these lists."""
         domain = self.domain
         return {
-            "C": self.classes,
             "LISTS": domain.indices is not None,
             "MEMBERS": self.members,
             "PACKED": domain.packed,
@@ -162,7 +169,7 @@ class Lists:
             ROWS=self.rows,
             BLOCK_M=domain.block_m,
             BLOCK_N=domain.block_n,
-            WHOLE=domain.block_n >= 16 and triton.next_power_of_2(domain.block_n) == domain.block_n,
+            WHOLE=triton.next_power_of_2(domain.block_n) == domain.block_n,
             PACKED=domain.packed,
             WINDOWED=domain.window is not None,
             MEMBERS=self.members,

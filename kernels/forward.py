@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .domain import Domain, Lists
+from .domain import Domain, Lists, takes_descriptors
 from .primitives import (
     LN2,
     LOG2E,
-    describable,
     describe,
-    key_tile_of,
+    keys_of,
     load_keys,
+    members_of,
     padded,
     product,
     sequence_of,
@@ -60,6 +60,7 @@ def _attend(
     DESCRIBED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
+    PER: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,
 ):
@@ -69,23 +70,25 @@ def _attend(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DP], tl.float32)
-    steps, clear, low, clear_from = walk_of(
-        i_list, pos_first, pos_last, walks.lengths, window, LISTS, WINDOWED, SUB, KEYS
+    steps, clear, low, clear_from, n = walk_of(
+        i_list, pos_first, pos_last, walks.lengths, window, LISTS, WINDOWED, SUB, PER, KEYS
     )
     for e in range(0, steps):
-        start, block_end = key_tile_of(
-            e, walks.entries, i_list * NE, Sk, clear, low, clear_from, LISTS, BLOCK_N, SUB, KEYS
+        key, start, block_end = keys_of(
+            e, walks.entries, i_list * NE, n, Sk, clear, low, clear_from, LISTS, BLOCK_N, SUB, PER, KEYS
         )
-        member = pos >= 0
-        if MEMBERS:
-            member = ((tl.load(walks.bits + i_list * NE + e // SUB) >> bit) & 1) != 0
-        k_tile = load_keys(k, i_b, i_h, k0, start, block_end, k_strides, D, KEYS, DP, DESCRIBED)
+        k_tile = load_keys(k, i_b, i_h, k0, key, start, block_end, k_strides, D, DP, PER, DESCRIBED)
         logits = product(q_tile, tl.trans(k_tile))
         if e >= clear:
-            seen = visible(pos[:, None], (start + tl.arange(0, KEYS))[None, :], block_end, window, WINDOWED)
+            seen = visible(pos[:, None], key[None, :], block_end, window, WINDOWED)
             logits = tl.where(seen, logits, float("-inf"))
-        weights, decay, m, l = softmax_step(logits, m, l, scale_log2, member, MEMBERS)
-        v_tile = load_keys(v, i_b, i_h, k0, start, block_end, v_strides, D, KEYS, DP, DESCRIBED)
+        member = pos >= 0
+        if MEMBERS:
+            member = members_of(e, walks.bits, i_list * NE, n, bit, SUB, PER, BLOCK_N, KEYS)
+            if PER > 1:
+                logits = tl.where(member, logits, float("-inf"))
+        weights, decay, m, l = softmax_step(logits, m, l, scale_log2, member, MEMBERS and PER == 1)
+        v_tile = load_keys(v, i_b, i_h, k0, key, start, block_end, v_strides, D, DP, PER, DESCRIBED)
         acc = product(weights.to(v_tile.dtype), v_tile, acc * decay[:, None])
     total = tl.where(l == 0.0, 1.0, l)
     return acc / total[:, None], m + tl.log2(total)
@@ -128,6 +131,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
+    PER: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -184,6 +188,7 @@ def _forward_kernel(
             DESCRIBED,
             BLOCK_N,
             SUB,
+            PER,
             KEYS,
             D,
         )
@@ -246,11 +251,11 @@ def forward(
     o_noise = torch.empty_like(o) if save_noise else o.new_empty(0)
     lse = torch.empty(B, HQ, T, dtype=torch.float32, device=q.device)
     arch = arch_of(q.device)
-    described = not domain.packed and describable(arch, k, v)
+    described = takes_descriptors(domain, arch, k, v)
     phase = "forward" if described else "forward_pointers"
     apart = domain.classes == 2 and fills_a_tile(phase, G // 2, domain.block_m, D, q.dtype, arch)
     tile, packing = query_tile(phase, G // 2 if apart else G, domain.block_m, D, q.dtype, arch)
-    keys, sub = key_tile(tile.keys, domain.block_n)
+    keys, sub, per = key_tile(tile.keys, domain.block_n)
     lists = Lists(domain, packing.tokens, packing.rows, apart)
     walks, NL, NE = lists.built
     _forward_kernel[(NL * lists.tiles * packing.chunks * B * H,)](
@@ -276,10 +281,12 @@ def forward(
         G=G,
         D=D,
         DIFF=diff,
+        C=lists.classes,
         APART=apart,
         SAVE_NOISE=save_noise,
         DESCRIBED=described,
         SUB=sub,
+        PER=per,
         TOKENS=packing.tokens,
         HEADS=packing.heads,
         CHUNKS=packing.chunks,

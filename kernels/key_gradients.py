@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .domain import Domain
 from .primitives import LOG2E, load_lse, padded, product, sequence_of, strides_of, visible
-from .tiles import arch_of, key_tile, tile_sizes
+from .tiles import arch_of, tile_sizes
 
 
 @triton.jit
@@ -228,7 +228,8 @@ def key_gradients(
     G = HQ // (2 if diff else 1) // H
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     tile = tile_sizes(D, q.dtype, arch_of(q.device), "dkv")
-    keys, sub = key_tile(tile.keys, domain.block_n)
+    keys = min(tile.keys, max(16, triton.next_power_of_2(domain.block_n)))
+    sub = triton.cdiv(domain.block_n, keys)
     block_n = domain.block_n
     if transposed is None:
         block_n, sub = keys, 1

@@ -99,18 +99,21 @@ def walk_of(
     LISTS: tl.constexpr,
     WINDOWED: tl.constexpr,
     SUB: tl.constexpr,
+    PER: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """A tile's walk over key tiles, as `steps, clear, low, clear_from`: the first `clear` of `steps` need no mask.
+    """A tile's walk over key tiles, as `steps, clear, low, clear_from, n`: the first `clear` of `steps` need no mask.
 
-    With LISTS, each entry is SUB steps. Without, the walk takes the key tiles from `low` on, the clear ones, which
-    begin at `clear_from`, before the others.
+    With LISTS of n entries, an entry is SUB steps, or a step takes PER entries. Without, the walk takes the key tiles
+    from `low` on, the clear ones, which begin at `clear_from`, before the others.
     """
     low = 0
     clear_from = 0
+    n = 0
     if LISTS:
-        clear = tl.load(lengths + 2 * i_list) * SUB
-        steps = tl.load(lengths + 2 * i_list + 1) * SUB
+        n = tl.load(lengths + 2 * i_list + 1)
+        clear = tl.load(lengths + 2 * i_list) * SUB // PER
+        steps = tl.cdiv(n * SUB, PER)
     else:
         if WINDOWED:
             low = tl.maximum(pos_first - window + 1, 0) // KEYS
@@ -120,14 +123,15 @@ def walk_of(
         clear_from = tl.minimum(clear_from, high)
         clear = clear_to - clear_from
         steps = high - low
-    return steps, clear, low, clear_from
+    return steps, clear, low, clear_from, n
 
 
 @triton.jit
-def key_tile_of(
+def keys_of(
     e,
     entries,
     at,
+    n,
     Sk,
     clear,
     low,
@@ -135,19 +139,52 @@ def key_tile_of(
     LISTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
+    PER: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Step `e` of a walk, whose list begins `at`: first key of its tile, and the end of its block."""
-    if LISTS:
-        block_start = tl.load(entries + at + e // SUB) * BLOCK_N
-        start = block_start + (e % SUB) * KEYS
-        block_end = tl.minimum(block_start + BLOCK_N, Sk)
+    """Step `e` of a walk, whose list begins `at`: its keys `[KEYS]`, the first of them, and where they end.
+
+    The keys follow one another, but for steps that take PER > 1 entries.
+    """
+    offs = tl.arange(0, KEYS)
+    block_end = Sk
+    if PER > 1:
+        entry = e * PER + offs // BLOCK_N
+        block = tl.load(entries + at + entry, mask=entry < n, other=0)
+        key = tl.where(entry < n, block * BLOCK_N + offs % BLOCK_N, Sk)
+        start = 0
     else:
-        rest = low + e - clear
-        rest = tl.where(rest < clear_from, rest, rest + clear)
-        start = tl.where(e < clear, clear_from + e, rest) * KEYS
-        block_end = Sk
-    return start, block_end
+        if LISTS:
+            block_start = tl.load(entries + at + e // SUB) * BLOCK_N
+            start = block_start + (e % SUB) * KEYS
+            block_end = tl.minimum(block_start + BLOCK_N, Sk)
+        else:
+            rest = low + e - clear
+            rest = tl.where(rest < clear_from, rest, rest + clear)
+            start = tl.where(e < clear, clear_from + e, rest) * KEYS
+        key = start + offs
+    return key, start, block_end
+
+
+@triton.jit
+def members_of(
+    e,
+    bits,
+    at,
+    n,
+    bit,
+    SUB: tl.constexpr,
+    PER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Whether each query row, by its `bit`, chose the block of step `e`: `[ROWS]`, or `[ROWS, KEYS]` where PER > 1."""
+    if PER > 1:
+        entry = e * PER + tl.arange(0, KEYS) // BLOCK_N
+        chosen = (tl.load(bits + at + entry, mask=entry < n, other=0)[None, :] >> bit[:, None]) & 1
+    else:
+        chosen = (tl.load(bits + at + e // SUB) >> bit) & 1
+    return chosen != 0
 
 
 @triton.jit
@@ -156,26 +193,32 @@ def load_keys(
     i_b,
     i_h,
     k0,
+    key,
     start,
     block_end,
     strides,
     D: tl.constexpr,
-    KEYS: tl.constexpr,
     DP: tl.constexpr,
+    PER: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """Rows `start` … of one head of k or v, [KEYS, DP], in a sequence that begins at k0.
+    """The rows `key` of one head of k or v, [KEYS, DP], in a sequence that begins at k0.
 
     Rows from `block_end` on are 0, or, DESCRIBED (x is a tensor descriptor), keys of the same sequence.
     """
+    KEYS: tl.constexpr = key.shape[0]
     if DESCRIBED:
         tile = x.load([i_b.to(tl.int32), start, i_h.to(tl.int32), 0]).reshape(KEYS, DP)
     else:
-        offs = tl.arange(0, KEYS)
         dims = tl.arange(0, DP)
-        at = x + i_b * strides.b + k0 * strides.t + i_h * strides.h + start.to(tl.int64) * strides.t
-        inside = (start + offs < block_end)[:, None] & (dims < D)[None, :]
-        tile = tl.load(at + offs[:, None] * strides.t + dims[None, :], mask=inside, other=0.0)
+        at = x + i_b * strides.b + k0 * strides.t + i_h * strides.h
+        if PER > 1:
+            rows = key.to(tl.int64)
+        else:  # one row number for all threads, and small offsets
+            at += start.to(tl.int64) * strides.t
+            rows = tl.arange(0, KEYS)
+        inside = (key < block_end)[:, None] & (dims < D)[None, :]
+        tile = tl.load(at + rows[:, None] * strides.t + dims[None, :], mask=inside, other=0.0)
     return tile
 
 

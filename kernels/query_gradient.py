@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .domain import Domain, Lists
+from .domain import Domain, Lists, takes_descriptors
 from .primitives import (
     LOG2E,
-    describable,
     describe,
-    key_tile_of,
+    keys_of,
     load_keys,
     load_lse,
+    members_of,
     padded,
     product,
     sequence_of,
@@ -30,9 +30,32 @@ from .tiles import arch_of, key_tile, query_tile
 
 
 @triton.jit
-def _dscores(weights, dweights, delta, dtype: tl.constexpr):
-    """P ∘ (dP − δ) of one class, queries × keys."""
-    return (weights * (dweights - delta[:, None])).to(dtype)
+def _dscores(
+    q_tile,
+    k_tile,
+    lse,
+    delta,
+    dweights,
+    member,
+    masked,
+    pos,
+    key,
+    block_end,
+    window,
+    scale,
+    MEMBERS: tl.constexpr,
+    PER: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """P ∘ (dP − δ) of one class, `[ROWS, KEYS]`, in the operands' dtype; 0 where hidden or not chosen."""
+    if MEMBERS and PER == 1:
+        lse = tl.where(member, lse, float("inf"))
+    weights = tl.exp2(product(q_tile, tl.trans(k_tile)) * (scale * LOG2E) - lse[:, None])
+    if MEMBERS and PER > 1:
+        weights = tl.where(member, weights, 0.0)
+    if masked:
+        weights = tl.where(visible(pos[:, None], key[None, :], block_end, window, WINDOWED), weights, 0.0)
+    return (weights * (dweights - delta[:, None])).to(k_tile.dtype)
 
 
 @triton.jit(do_not_specialize=["T", "S", "NL", "NE", "window"])
@@ -61,7 +84,6 @@ def _dq_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     DIFF: tl.constexpr,
-    C: tl.constexpr,
     APART: tl.constexpr,
     FROM: tl.constexpr,
     TO: tl.constexpr,
@@ -75,6 +97,7 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUB: tl.constexpr,
+    PER: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -121,37 +144,58 @@ def _dq_kernel(
         noise_dq = tl.zeros([ROWS, DP], tl.float32)
 
     i_list += ((i_b * (2 if APART else 1) + (FROM if APART else 0)) * H + i_h) * NL
-    bit = (local // BLOCK_M) * C
-    steps, clear, low, clear_from = walk_of(
-        i_list, pos_first, pos_last, walks.lengths, window, LISTS, WINDOWED, SUB, KEYS
+    bit = local // BLOCK_M
+    steps, clear, low, clear_from, n = walk_of(
+        i_list, pos_first, pos_last, walks.lengths, window, LISTS, WINDOWED, SUB, PER, KEYS
     )
     for e in range(0, steps):
-        start, block_end = key_tile_of(
-            e, walks.entries, i_list * NE, Sk, clear, low, clear_from, LISTS, BLOCK_N, SUB, KEYS
+        key, start, block_end = keys_of(
+            e, walks.entries, i_list * NE, n, Sk, clear, low, clear_from, LISTS, BLOCK_N, SUB, PER, KEYS
         )
-        chosen = 0
-        if MEMBERS:
-            chosen = tl.load(walks.bits + i_list * NE + e // SUB) >> bit
-        k_tile = load_keys(k, i_b, i_h, k0, start, block_end, k_strides, D, KEYS, DP, DESCRIBED)
-        v_tile = load_keys(v, i_b, i_h, k0, start, block_end, v_strides, D, KEYS, DP, DESCRIBED)
+        k_tile = load_keys(k, i_b, i_h, k0, key, start, block_end, k_strides, D, DP, PER, DESCRIBED)
+        v_tile = load_keys(v, i_b, i_h, k0, key, start, block_end, v_strides, D, DP, PER, DESCRIBED)
         dweights = product(do_tile, tl.trans(v_tile))  # [ROWS, KEYS]
-        key = (start + tl.arange(0, KEYS))[None, :]
+        member = pos >= 0
+        if MEMBERS:
+            member = members_of(e, walks.bits, i_list * NE, n, bit, SUB, PER, BLOCK_N, KEYS)
         if FROM == 0:
-            shift = signal_lse
-            if MEMBERS:
-                shift = tl.where((chosen & 1) != 0, signal_lse, float("inf"))
-            weights = tl.exp2(product(signal_q, tl.trans(k_tile)) * (scale * LOG2E) - shift[:, None])
-            if e >= clear:
-                weights = tl.where(visible(pos[:, None], key, block_end, window, WINDOWED), weights, 0.0)
-            signal_dq = product(_dscores(weights, dweights, signal_delta, k_tile.dtype), k_tile, signal_dq)
+            dscores = _dscores(
+                signal_q,
+                k_tile,
+                signal_lse,
+                signal_delta,
+                dweights,
+                member,
+                e >= clear,
+                pos,
+                key,
+                block_end,
+                window,
+                scale,
+                MEMBERS,
+                PER,
+                WINDOWED,
+            )
+            signal_dq = product(dscores, k_tile, signal_dq)
         if TO == 2:
-            shift = noise_lse
-            if MEMBERS:
-                shift = tl.where(((chosen >> (C - 1)) & 1) != 0, noise_lse, float("inf"))
-            weights = tl.exp2(product(noise_q, tl.trans(k_tile)) * (scale * LOG2E) - shift[:, None])
-            if e >= clear:
-                weights = tl.where(visible(pos[:, None], key, block_end, window, WINDOWED), weights, 0.0)
-            noise_dq = product(_dscores(weights, dweights, noise_delta, k_tile.dtype), k_tile, noise_dq)
+            dscores = _dscores(
+                noise_q,
+                k_tile,
+                noise_lse,
+                noise_delta,
+                dweights,
+                member,
+                e >= clear,
+                pos,
+                key,
+                block_end,
+                window,
+                scale,
+                MEMBERS,
+                PER,
+                WINDOWED,
+            )
+            noise_dq = product(dscores, k_tile, noise_dq)
 
     dq_at = dq + ((i_b * T + token) * (H * G * EACH) + head * EACH)[:, None] * D + dims[None, :]
     if FROM == 0:
@@ -180,9 +224,9 @@ def query_gradient(
     G = HQ // classes // H
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     arch = arch_of(q.device)
-    described = not domain.packed and describable(arch, k, v)
+    described = takes_descriptors(domain, arch, k, v)
     tile, packing = query_tile("dq" if described else "dq_pointers", G, domain.block_m, D, q.dtype, arch)
-    keys, sub = key_tile(tile.keys, domain.block_n)
+    keys, sub, per = key_tile(tile.keys, domain.block_n)
     apart = domain.classes == 2
     lists = Lists(domain, packing.tokens, packing.rows, apart)
     walks, NL, NE = lists.built
@@ -219,6 +263,7 @@ def query_gradient(
             TO=c + at_once,
             DESCRIBED=described,
             SUB=sub,
+            PER=per,
             TOKENS=packing.tokens,
             HEADS=packing.heads,
             CHUNKS=packing.chunks,

@@ -98,7 +98,9 @@ def arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def key_tile(most: int, block_n: int) -> tuple[int, int]:
-    """Keys of a tile, and how many tiles walk one key block."""
+def key_tile(most: int, block_n: int) -> tuple[int, int, int]:
+    """Keys of a tile, how many tiles walk one key block, and how many key blocks share one tile."""
+    if block_n < most and most % block_n == 0:
+        return most, 1, most // block_n
     keys = max(16, min(most, triton.next_power_of_2(block_n)))
-    return keys, triton.cdiv(block_n, keys)
+    return keys, triton.cdiv(block_n, keys), 1
