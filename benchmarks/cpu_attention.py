@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from records import save, time_interleaved
+from records import save
 from rich.console import Console
 from rich.table import Table
+from timing import quantiles_ms, time_interleaved
 
 from diffv2_sparse import TopK, diff_attention, select_blocks
 
@@ -85,7 +86,9 @@ def main() -> None:
         "attention over the selection": lambda: diff_attention(q, k, v, lam_logit, selection, backend="torch"),
         SPARSE: lambda: sparse(q, k, v, lam_logit, args.blocks),
     }
-    times = time_interleaved(kinds, args.rounds)
+    for run in kinds.values():  # warm-up
+        run()
+    times = {kind: quantiles_ms(taken) for kind, taken in time_interleaved(kinds, args.rounds).items()}
     peaks = {kind: measure_peak_mib(kind, args.tokens, args.blocks) for kind in (DENSE, SPARSE)}
 
     shape = {"B": 1, "T": args.tokens, "S": args.tokens, "HQ": HQ, "H": H, "D": D, "dtype": "float32"}

@@ -1,56 +1,111 @@
-"""One schema for every benchmark: where it ran, and one record per kind and shape, with quantiles of the times.
+"""One schema for every benchmark: where it ran, one record per kind and shape, and the numbers that were to be reached.
 
-{"environment": {gpu, cpu, threads, versions, commit, date},
- "records": [{benchmark, shape: {…}, kind, median_ms, p20_ms, p80_ms, ratios: {peer: x}, …}]}
+{"environment": {gpu, cpu, threads, versions, commit, date, cublas_tflops, groups: {name: {date, seconds, …}}},
+ "records": [{benchmark, group, case, phase, kind, backend, shape: {…}, median_ms, p20_ms, p80_ms, rounds, tflops,
+              ratios: {peer: x}, peak_gib}],     a kind that failed: {…, error} instead of times
+ "bars": [{row, backend, value, bar, reach, met}]}
+
+`case` names the lists ("large blocks"), `phase` what was run ("fwd", "fwd+bwd", "select", "select+fwd", …), `kind` who:
+"ours", by `backend`, or a peer. Ratios are peer's time over own time. TFLOP/s count selected tiles.
 """
 
 import json
+import os
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from diffv2_sparse.environment import environment
+from diffv2_sparse.niah_cells import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("flash-attn", "flash-attn-4", "xformers")
+OURS = "ours"
 
 
 def stamp() -> dict:
     """The environment of this run, the versions of the peers that are installed included."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = environment(device)
+    found["commit"] = found["commit"] or os.environ.get("GIT_COMMIT")  # of a copy without its history
     for package in PEERS:
         with suppress(PackageNotFoundError):
             found["versions"][package] = version(package)
     return found
 
 
-def time_interleaved(kinds: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Times each kind `rounds` times on the host, in turns, so that a drifting machine drifts for all. Milliseconds."""
-    seconds = {kind: [] for kind in kinds}
-    for run in kinds.values():
-        run()
-    for _ in range(rounds):
-        for kind, run in kinds.items():
-            start = time.perf_counter()
-            run()
-            seconds[kind].append(time.perf_counter() - start)
-    return {kind: quantiles_ms(values) for kind, values in seconds.items()}
+def machine() -> str:
+    """A short name for this machine in file names: "h200", "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    words = torch.cuda.get_device_name().lower().replace("-", " ").split()
+    return "_".join(word for word in words if word not in {"nvidia", "geforce"})
 
 
-def quantiles_ms(seconds: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
-    return {f"{name}_ms": round(1e3 * cuts[i], 4) for name, i in (("median", 4), ("p20", 1), ("p80", 7))}
+def tokens_name(tokens: int) -> str:
+    """8192 -> "8K", 1048576 -> "1M", 1000 -> "1000"."""
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
 
 
 def save(name: str, records: list[dict]) -> Path:
     """Writes `benchmarks/results/NAME.json`; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": stamp(), "records": records}, indent=1) + "\n")
+    write_json(path, {"environment": stamp(), "records": records})
     return path
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+class Results:
+    """A results file that is written after every group of records, so that a run that was cut short continues.
+
+    Groups that the same commit measured on the same machine under the same versions are kept; the file of another
+    starts anew.
+    """
+
+    def __init__(self, path: Path, bars: Callable[[list[dict]], list[dict]]):
+        self.path, self.environment, self.records, self._bars = path, stamp(), [], bars
+        self.environment["groups"] = {}
+        self.replaces = False  # another run's file stands there, which the first group overwrites
+        with suppress(FileNotFoundError):
+            old = json.loads(path.read_text())
+            if all(
+                old["environment"].get(key) == self.environment[key] for key in ("gpu", "cpu", "versions", "commit")
+            ):
+                self.environment["groups"] = old["environment"]["groups"]
+                self.records = old["records"]
+            else:
+                self.replaces = True
+
+    def has(self, group: str) -> bool:
+        return group in self.environment["groups"]
+
+    def of(self, group: str) -> list[dict]:
+        return [record for record in self.records if record["group"] == group]
+
+    @property
+    def bars(self) -> list[dict]:
+        return self._bars(self.records)
+
+    def add(self, group: str, records: list[dict], **facts) -> None:
+        """Writes a group's records in place of its earlier ones; `facts` go into the environment."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        groups = self.environment["groups"]
+        groups[group] = {"date": now, **facts}
+        if rates := [known["cublas_tflops"] for known in groups.values() if "cublas_tflops" in known]:
+            self.environment["cublas_tflops"] = statistics.median(rates)
+        self.records = [record for record in self.records if record["group"] != group] + records
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"environment": self.environment, "records": self.records, "bars": self.bars})
+        self.replaces = False

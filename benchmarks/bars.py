@@ -1,0 +1,197 @@
+"""The numbers to reach, and what the records of a results file say about each.
+
+A value is one of three: how many times as fast (other's time over own), a *rate* (own TFLOP/s in one case over another)
+or a *share* (a time over the time of what it serves). Rows without a bar are there to be seen.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from records import OURS
+
+DENSE = ("cuDNN + subtraction", "SDPA + subtraction")  # the peer on a GPU, and where there is none
+FLEX = ("FlexAttention + subtraction",)
+XFORMERS = ("xFormers + subtraction",)
+LARGE, TOKEN = "large blocks", "one token a row, model-like lists"
+
+Value = Callable[["Found", str], float]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One number.
+
+    Attributes:
+        row: what is compared with what, in words.
+        value: reads it off the records for one backend; LookupError where a record is missing or failed.
+        bar, reach: the number to meet, and the one to reach for; None where there is none.
+        at_most: whether less is better.
+    """
+
+    row: str
+    value: Value
+    bar: float | None = None
+    reach: float | None = None
+    at_most: bool = False
+
+
+class Found:
+    """The records of one file, by what they measured."""
+
+    def __init__(self, records: list[dict]):
+        self.records = records
+
+    def __call__(
+        self, group: str, case: str, phase: str, kinds: Iterable[str] = (OURS,), backend: str | None = None
+    ) -> dict:
+        for record in self.records:
+            what = tuple(record[key] for key in ("group", "case", "phase", "backend"))
+            if what == (group, case, phase, backend) and record["kind"] in kinds:
+                if "error" in record:
+                    raise LookupError(f"{record['kind']}: {record['error']}")
+                return record
+        raise LookupError(f"not measured: {' or '.join(kinds)} in {group}, {case}, {phase}")
+
+    def backends(self) -> list[str]:
+        """The backends of our own attention, in the order of their first record."""
+        attending = [r for r in self.records if r["kind"] == OURS and r["phase"] != "select"]
+        return list(dict.fromkeys(record["backend"] for record in attending))
+
+
+def evaluate(bars: Iterable[Bar], records: list[dict]) -> list[dict]:
+    """One row per bar and backend: {row, backend, value, bar, reach, at_most, met}; `why` where there is no value."""
+    found, rows = Found(records), []
+    for backend in found.backends():
+        for bar in bars:
+            row = {"row": bar.row, "backend": backend, "value": None, "bar": bar.bar, "reach": bar.reach}
+            row |= {"at_most": bar.at_most, "met": None}
+            try:
+                row["value"] = value = round(bar.value(found, backend), 4)
+            except LookupError as error:
+                row["why"] = str(error)
+            else:
+                if bar.bar is not None:
+                    row["met"] = value <= bar.bar if bar.at_most else value >= bar.bar
+            rows.append(row)
+    return rows
+
+
+def faster(
+    group: str, case: str, phase: str, than: tuple[str, ...], *, at: tuple[str, str, str] | None = None
+) -> Value:
+    """The time of a peer over ours; `at`: where the peer was measured, if not in the same case."""
+    return lambda found, backend: (
+        found(*(at or (group, case, phase)), than)["median_ms"]
+        / found(group, case, phase, backend=backend)["median_ms"]
+    )
+
+
+def rate(group: str, case: str, phase: str) -> Value:
+    """Our TFLOP/s over those in large blocks."""
+    return lambda found, backend: (
+        found(group, case, phase, backend=backend)["tflops"] / found(group, LARGE, phase, backend=backend)["tflops"]
+    )
+
+
+def slower(case: str) -> Value:
+    """Our time of a forward over that in large blocks."""
+    return lambda found, backend: (
+        found("forward", case, "fwd", backend=backend)["median_ms"]
+        / found("forward", LARGE, "fwd", backend=backend)["median_ms"]
+    )
+
+
+def share(case: str) -> Value:
+    """The time of a selection over that of the attention it feeds."""
+    return lambda found, backend: (
+        found("selection", case, "select", backend="auto")["median_ms"]
+        / found("selection", case, "fwd", backend=backend)["median_ms"]
+    )
+
+
+def memory(found: Found, backend: str) -> float:
+    """What the longest forward takes beyond its inputs and output, over those."""
+    record = found("million", LARGE, "fwd", backend=backend)
+    if "peak_gib" not in record:
+        raise LookupError("not measured: memory, on a GPU alone")
+    needed = record["inputs_gib"] + record["output_gib"]
+    return (record["inputs_gib"] + record["peak_gib"]) / needed - 1
+
+
+def evenness(found: Found, backend: str) -> float:
+    """Lowest over highest TFLOP/s of one shape and budget along the lengths, the worst of the sweep."""
+    rates: dict[tuple, list[float]] = {}
+    for record in found.records:
+        if (record["group"], record["kind"], record["backend"]) == ("sweep", OURS, backend) and "tflops" in record:
+            shape = record["shape"]
+            rates.setdefault((shape["D"], shape["HQ"], shape["blocks"]), []).append(record["tflops"])
+    if not rates:
+        raise LookupError("not measured: the sweep")
+    return min(min(row) / max(row) for row in rates.values())
+
+
+_AT_LARGE = ("forward", LARGE, "fwd")
+_LONG_DENSE = ("million", "dense, extrapolated", "fwd")
+
+ATTENTION = (
+    Bar("fwd, 128 × 128 × 32: × FlexAttention", faster(*_AT_LARGE, FLEX), 1.12, 1.2),
+    Bar(
+        "fwd, 64 × 64 × 64: × FlexAttention at 128",
+        faster("forward", "medium blocks", "fwd", FLEX, at=_AT_LARGE),
+        1.08,
+    ),
+    Bar("fwd, block_m 16: rate of block_m 128", rate("forward", "short rows", "fwd"), 0.85),
+    Bar(
+        "fwd, block_m 1, random lists: rate of block_m 128",
+        rate("forward", "one token a row, random lists", "fwd"),
+        0.1,
+        0.3,
+    ),
+    Bar("fwd, block_m 1, model-like lists: rate of block_m 128", rate("forward", TOKEN, "fwd"), 0.3, 0.6),
+    Bar("fwd + bwd, 64K, 128 × 128 × 32: × FlexAttention", faster("training", LARGE, "fwd+bwd", FLEX), 1.12, 1.25),
+    Bar("fwd + bwd, 64K, block_m 1, model-like: rate of block_m 128", rate("training", TOKEN, "fwd+bwd"), 0.25, 0.5),
+    Bar("selection, 128 × 128: share of its attention", share(LARGE), 0.12, at_most=True),
+    Bar("selection, 64 × 64: share of its attention", share("medium blocks"), 0.22, at_most=True),
+    Bar('selection, 128 × 128, "first": share of its attention', share("large blocks, first"), 0.02, at_most=True),
+    Bar('selection, 64 × 64, "first": share of its attention', share("medium blocks, first"), at_most=True),
+    Bar("selection, block_m 1: share of its attention", share("one token a row"), at_most=True),
+    Bar(
+        "selection + fwd, 128K: × dense",
+        faster("selection", LARGE, "select+fwd", DENSE, at=("selection", "dense", "fwd")),
+        11,
+        13,
+    ),
+    Bar(
+        'selection + fwd, 1M, "all": × dense, extrapolated',
+        faster("million", LARGE, "select+fwd", DENSE, at=_LONG_DENSE),
+        55,
+    ),
+    Bar(
+        'selection + fwd, 1M, "first": × dense, extrapolated',
+        faster("million", "large blocks, first", "select+fwd", DENSE, at=_LONG_DENSE),
+        90,
+    ),
+    Bar("fwd, per_class, half in common: time over pair_mean's", slower("per class, half common"), 1.5, 1.35, True),
+    Bar("fwd, per_class, disjoint: time over pair_mean's", slower("per class, disjoint"), at_most=True),
+    Bar("peak memory, fwd at 1M: beyond inputs + output", memory, 0.1, at_most=True),
+    Bar("dense fwd, 32K: × dense peer", faster("dense", "dense", "fwd", DENSE)),
+    Bar("dense fwd + bwd, 32K: × dense peer", faster("dense", "dense", "fwd+bwd", DENSE)),
+    Bar("sweep, fwd: lowest over highest TFLOP/s along the lengths", evenness),
+)
+
+
+_LONGEST, _SHORTER = "1M keys, batch 1", "32K keys, batch 1"
+
+
+def growth(found: Found, backend: str) -> float:
+    """Our step over a cache of 1M keys over that at 32K."""
+    long, short = (found("decode", case, "step", backend=backend) for case in (_LONGEST, _SHORTER))
+    return long["median_ms"] / short["median_ms"]
+
+
+DECODE = (
+    Bar("decode step, 1M keys, batch 1: × dense", faster("decode", _LONGEST, "step", DENSE), 24, 35),
+    Bar("same: × choosing with ours, attending with xFormers", faster("decode", _LONGEST, "step", XFORMERS)),
+    Bar("attention alone, 1M keys, batch 1: × xFormers", faster("decode", _LONGEST, "attend", XFORMERS)),
+    Bar("decode step, batch 1: 1M keys over 32K", growth, at_most=True),
+)

@@ -1,0 +1,171 @@
+"""What the benchmark scripts share: options, the order of the work, progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from cases import CUBLAS, Benchmark, compile_ahead, measure
+from figures import draw
+from records import OURS, RESULTS, Results, machine, tokens_name
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from timing import DeviceLostError
+
+
+def main(benchmark: Benchmark, described: str, arguments: list[str] | None = None) -> int:
+    """Runs a benchmark from its command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=described, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(benchmark.groups)
+    parser.add_argument(
+        "--only",
+        metavar="GROUP",
+        action="append",
+        choices=[*benchmark.groups],
+        help=f"measure it, again or not: {names}",
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs; also without a GPU")
+    parser.add_argument(
+        "--output", type=Path, help="folder for the results; benchmarks/results, or runs/bench for --smoke"
+    )
+    options = parser.parse_args(arguments)
+    if not (torch.cuda.is_available() or options.smoke):
+        print(f"{benchmark.name}: needs a CUDA device; --smoke runs tiny shapes without one", file=sys.stderr)
+        return 1
+
+    folder = options.output or (Path("runs/bench") if options.smoke else RESULTS)
+    results = Results(folder / f"{benchmark.name}_{'smoke' if options.smoke else machine()}.json", benchmark.bars)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if results.replaces:
+        console.print(f"{results.path} is of another commit, machine or version: it starts anew")
+    groups = options.only or [name for name in benchmark.groups if not results.has(name)]
+    try:
+        with _progress() as report:
+            complete = run(benchmark, groups, results, report, console, smoke=options.smoke)
+    except KeyboardInterrupt:
+        print(f"{benchmark.name}: interrupted; the same command continues from {results.path}", file=sys.stderr)
+        return 130
+    except (DeviceLostError, OSError) as error:
+        print(f"{benchmark.name}: {error}", file=sys.stderr)
+        return 1
+    console.print(bars_table(results.bars, "numbers to reach" + ", named after the full run" * options.smoke))
+    if results.records:
+        figure = draw(results.path)
+        console.print(f"results {results.path}" + (f"\nfigure  {figure}" if figure else ""))
+    return 0 if complete else 1
+
+
+def run(benchmark: Benchmark, groups: list[str], results: Results, report, console: Console, *, smoke: bool) -> bool:
+    """Measures groups, one after another; each is in the results file before the next begins. Returns whether all of
+    them are: one that cannot be set up is left for the next run.
+    """
+    sizes, complete = benchmark.smoke if smoke else benchmark.full, True
+    if not smoke:
+        began = time.perf_counter()
+        errors = compile_ahead(benchmark, groups, sizes, lambda done, total: report("compiling", None, done, total))
+        console.print(f"compiled ahead in {time.perf_counter() - began:.0f} s")
+        for title, error in errors.items():
+            console.print(f"  {title}: {error}", markup=False)
+    for i, name in enumerate(groups):
+
+        def told(doing: str, title: str | None, done: int = i, name: str = name) -> None:
+            report(f"{name}: {doing}", title, done, len(groups))
+
+        began = time.perf_counter()
+        try:
+            records = measure(benchmark, name, sizes, told)
+        except (DeviceLostError, OSError):
+            raise
+        except Exception:  # not of one kind, those have records, but of the group's own inputs
+            console.print(f"{name} could not be measured:\n{traceback.format_exc()}", markup=False)
+            complete = False
+            continue
+        facts = {"seconds": round(time.perf_counter() - began, 1), "smoke": smoke}
+        if rates := [r["tflops"] for r in records if r["kind"] == CUBLAS and "tflops" in r]:
+            facts["cublas_tflops"] = statistics.median(rates)
+        results.add(name, records, **facts)
+        console.print(swept_table(records) if name == "sweep" else group_table(name, records, facts["seconds"]))
+    return complete
+
+
+@contextmanager
+def _progress() -> Iterator:
+    """A bar on stderr, where that is a terminal; yields report(doing, title, done, total)."""
+    console = Console(stderr=True)
+    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def report(doing: str, title: str | None, done: int, total: int) -> None:
+            bar.update(task, description=" ".join(filter(None, (doing, title))), completed=done, total=total)
+
+        yield report
+
+
+def group_table(name: str, records: list[dict], seconds: float) -> Table:
+    view = Table(title=f"{name} ({seconds:.0f} s)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("case", "phase", "kind", "backend"):
+        view.add_column(column)
+    for column in ("ms", "p20", "p80", "TFLOP/s", "GiB"):
+        view.add_column(column, justify="right")
+    view.add_column("peer's time over own")
+    for r in records:
+        who = (r["case"], r["phase"], r["kind"], r["backend"] or "")
+        if "error" in r:
+            view.add_row(*who, *[""] * 5, Text(r["error"], style="red"))
+            continue
+        times = [_number(r.get(key)) for key in ("median_ms", "p20_ms", "p80_ms", "tflops", "peak_gib")]
+        ratios = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in r.get("ratios", {}).items())
+        view.add_row(*who, *times, ratios, style="bold" if r["kind"] == OURS else None)
+    return view
+
+
+def swept_table(records: list[dict]) -> Table:
+    """One line per shape, backend and budget, one column per length: milliseconds and TFLOP/s."""
+    records = [record for record in records if record["kind"] != CUBLAS]
+    lengths = sorted({record["shape"]["T"] for record in records})
+    view = Table(title="sweep: ms (TFLOP/s)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("D", "HQ/H", "case", "kind"):
+        view.add_column(column)
+    for tokens in lengths:
+        view.add_column(tokens_name(tokens), justify="right")
+    lines: dict[tuple, dict[int, str]] = {}
+    for r in records:
+        shape = r["shape"]
+        line = (str(shape["D"]), f"{shape['HQ']}/{shape['H']}", r["case"], r["backend"] or r["kind"])
+        text = "failed" if "error" in r else f"{_number(r['median_ms'])} ({r['tflops']:.0f})"
+        lines.setdefault(line, {})[shape["T"]] = text
+    for line, cells in lines.items():
+        view.add_row(*line, *(cells.get(tokens, "–") for tokens in lengths))
+    return view
+
+
+def bars_table(rows: list[dict], title: str) -> Table:
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("row", "backend"):
+        view.add_column(column)
+    for column in ("value", "bar", "reach for"):
+        view.add_column(column, justify="right")
+    view.add_column()
+    for row in rows:
+        sign = "≤" if row["at_most"] else "≥"
+        limits = ["" if row[key] is None else f"{sign} {row[key]:g}" for key in ("bar", "reach")]
+        said = {None: Text(row.get("why", "")), True: "[green]met", False: "[red]missed"}[row["met"]]
+        value = "–" if row["value"] is None else f"{row['value']:.3g}"
+        view.add_row(row["row"], row["backend"], value, *limits, said)
+    return view
+
+
+def _number(x: float | None) -> str:
+    """Three digits or more."""
+    return "" if x is None else f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"
