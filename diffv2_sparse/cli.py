@@ -1,4 +1,4 @@
-"""The command line: `diffv2-sparse niah | train | generate`.
+"""The command line: `diffv2-sparse niah | train | generate | bench`.
 
 Each command reads its options, calls the library and prints. What can go wrong outside the program (a missing file, an
 unreadable checkpoint, an impossible length, a full disk, Ctrl-C) ends in one line on stderr and a non-zero exit;
@@ -8,10 +8,13 @@ results go to stdout, progress to stderr. Checkpoints are read as safetensors on
 from __future__ import annotations
 
 import errno
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +25,7 @@ except ModuleNotFoundError:  # only the core was installed
 
 # torch and transformers are imported inside the commands: `--help` answers at once
 
+CHECKOUT = Path(__file__).resolve().parents[1]  # if this is one: an installed wheel stands in site-packages
 BUNDLED = Path(__file__).parent / "assets" / "checkpoint"
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -376,6 +380,60 @@ def generate(
             typer.echo(piece, nl=False)
             sys.stdout.flush()
         typer.echo()
+
+
+class Benchmark(str, Enum):
+    attention = "attention"
+    decode = "decode"
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+diffv2-sparse bench
+  attention, everything; one GPU, about five minutes
+
+diffv2-sparse bench attention --only forward --only training
+  some groups of it, again
+
+diffv2-sparse bench decode --smoke
+  tiny shapes, without a GPU
+"""
+)
+def bench(
+    benchmark: Annotated[Benchmark, typer.Argument(help="What is measured.")] = Benchmark.attention,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A group, again; may be given often.", show_default="those not yet measured"),
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Tiny shapes, to see that it runs.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results.", show_default="benchmarks/results; runs/bench for --smoke"),
+    ] = None,
+) -> None:
+    """Time the kernels on this machine's GPU against what a user would run instead.
+
+    Runs benchmarks/attention.py or benchmarks/decode.py of the source checkout that this package belongs to.
+
+    An interrupted run continues with the groups it lacks: give the same command again.
+    """
+    with one_line_errors():
+        script = CHECKOUT / "benchmarks" / f"{benchmark.value}.py"
+        if not ((CHECKOUT / "pyproject.toml").is_file() and script.is_file()):
+            raise ValueError(
+                "bench: the benchmarks belong to the source checkout and are not installed with the package; clone the "
+                "repository and run the command there, after pip install -e '.[models]'"
+            )
+        options = [f"--only={group}" for group in only or []] + ["--smoke"] * smoke
+        options += [] if output is None else [f"--output={output}"]
+        path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
+        try:
+            done = subprocess.run([sys.executable, str(script), *options], env=os.environ | {"PYTHONPATH": path})
+        except KeyboardInterrupt:  # the script has it, too, and says what is kept
+            raise typer.Exit(INTERRUPTED) from None
+        if done.returncode:
+            raise typer.Exit(done.returncode)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from diffv2_sparse import BlockSelection, diff_attention
+from diffv2_sparse import BlockSelection, cli, diff_attention
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts import their neighbours
@@ -466,3 +467,34 @@ def test_figures_show_the_json_and_nothing_else(attention_results, tmp_path):
     content["records"] = [record for record in content["records"] if record["group"] != "sweep"]
     copy.write_text(json.dumps(content))
     assert figures.draw(copy) is None
+
+
+# The command
+
+
+def test_the_command_runs_the_script(tmp_path, capfd):
+    result = CliRunner().invoke(cli.app, ["bench", "decode", "--smoke", "--only", "decode", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "numbers to reach" in capfd.readouterr().out
+    assert (tmp_path / "decode_smoke.json").exists()
+
+
+def test_the_command_passes_options_and_exit_codes(tmp_path, monkeypatch, capfd):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    script = "import sys\nprint(sys.argv[1:])\nsys.exit(3)\n"
+    (tmp_path / "benchmarks" / "attention.py").write_text(script)
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    result = CliRunner().invoke(cli.app, ["bench", "--only", "a", "--only", "b", "--output", "o"])
+    assert result.exit_code == 3
+    assert capfd.readouterr().out == "['--only=a', '--only=b', '--output=o']\n"
+
+
+def test_the_command_needs_a_checkout(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()  # somebody else's: no checkout
+    (tmp_path / "benchmarks" / "attention.py").touch()
+    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    result = CliRunner().invoke(cli.app, ["bench", "--smoke"])
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert "the benchmarks belong to the source checkout" in line
