@@ -5,6 +5,7 @@ reason of each that does not: a peer that is not installed, does not take the sh
 something else never stops the others.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -45,7 +46,10 @@ def host_seconds(run: Run) -> float:
 
 
 def device_seconds(run: Run) -> float:
-    """The time between two events on the GPU around the call."""
+    """The time between two events on the GPU around a second call: the first one takes the card, whose clock follows
+    its power, from what ran before to a state of its own.
+    """
+    run()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -57,11 +61,15 @@ def device_seconds(run: Run) -> float:
 def time_interleaved(
     kinds: Mapping[Hashable, Run], rounds: int, seconds: Callable[[Run], float] = host_seconds
 ) -> dict[Hashable, list[float]]:
-    """Calls each kind `rounds` times, in turns; returns the seconds of every call. Warm up first."""
+    """Calls each kind `rounds` times, in turns whose order is drawn anew; returns the seconds of every call. Warm up
+    first.
+    """
     taken = {kind: [] for kind in kinds}
+    order, shuffled = list(kinds), random.Random(0)
     for _ in range(rounds):
-        for kind, run in kinds.items():
-            taken[kind].append(seconds(run))
+        shuffled.shuffle(order)
+        for kind in order:
+            taken[kind].append(seconds(kinds[kind]))
     return taken
 
 
@@ -105,7 +113,7 @@ def compare(
             if on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            once_s += seconds(run)
+            once_s += (2 if on_gpu else 1) * seconds(run)
             peak_gib = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else None
         except Exception as error:  # whatever a peer's packages raise: its record says it
             outcomes[name] = {"error": reason(error)}
