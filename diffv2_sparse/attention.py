@@ -4,8 +4,8 @@
 
 `backend="auto"` takes, in this order: on CUDA, dense and windowed calls go to flash-attn where it is installed and the
 dtype is 16-bit, and a selection that holds much of a short sequence's keys to masked SDPA; everything else, and every
-call on a CPU, to "torch", which hands dense calls to SDPA. A backend that is named is used or raises; it never falls
-back. Source: microsoft/unilm, Diff-Transformer-V2.
+call on a CPU, to "torch", which hands dense calls to SDPA. Paged calls on CUDA go to "triton" where it takes them. A
+backend that is named is used or raises; it never falls back. Source: microsoft/unilm, Diff-Transformer-V2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cache import PagedKV
 
 BACKENDS = ("auto", "triton", "torch", "flex", "flash", "reference")
-PAGED_BACKENDS = ("auto", "torch")
+PAGED_BACKENDS = ("auto", "triton", "torch")
 
 
 def diff_attention(
@@ -129,13 +129,14 @@ def diff_attention_paged(
         pages: keys and values, one page = one key block of one KV head.
         selection: its `block_n` is the page size; None attends to everything.
         scale: of the logits; D ** -0.5 by default.
-        backend: "auto" or "torch".
+        backend: "auto", "triton" (CUDA; reads nothing on the host, so graphs can hold it) or "torch" (any device).
 
     Returns:
         `[B, T, HO, D]` in q's dtype. A query before its sequence's first key gets 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or the selection's blocks are no pages of this cache.
+        ValueError: shapes, dtypes or devices disagree, the selection's blocks are no pages of this cache, or a backend
+            that cannot do what is asked.
     """
     if backend not in PAGED_BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(PAGED_BACKENDS)} for paged keys, got {backend!r}")
@@ -167,10 +168,17 @@ def diff_attention_paged(
         if selection.block_n != k_pages.shape[1]:
             raise ValueError(f"selection: expected block_n {k_pages.shape[1]}, the page size, got {selection.block_n}")
     from .blockwise import blockwise_paged
+    from .ops import obstacle, triton_paged
 
+    reason = obstacle(q)
+    if backend == "auto":
+        backend = "triton" if q.is_cuda and reason is None else "torch"
+    if backend == "triton" and reason:
+        raise ValueError(f'backend: "triton": {reason}; "torch" would do')
+    attend = triton_paged if backend == "triton" else blockwise_paged
     scale = D**-0.5 if scale is None else scale
     with torch.no_grad():
-        return blockwise_paged(q, k_pages, v_pages, page_table, pages.lengths, lam_logit, selection, scale=scale)
+        return attend(q, k_pages, v_pages, page_table, pages.lengths, lam_logit, selection, scale=scale)
 
 
 def _automatic(q: Tensor, selection: BlockSelection | None) -> str:

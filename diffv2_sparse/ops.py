@@ -1,7 +1,8 @@
 """Backend "triton": the fused kernels as operators that autograd and torch.compile understand.
 
-Two `torch.library` operators, forward and backward, each a direct launch of `kernels/` (imported when first called).
-Lists pass no gradient, and neither does lse. Source of the formulas: `kernels/forward.py`, `kernels/backward.py`.
+`torch.library` operators, forward, backward and decode, each a direct launch of `kernels/` (imported when first
+called). Lists pass no gradient, and neither does lse. Source of the formulas: `kernels/forward.py`,
+`kernels/backward.py`, `kernels/decode.py`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,7 @@ def triton_attention(
     """Arguments as `diff_attention`, already validated. Returns o `[B, T, HO, D]` and lse `[B, HQ, T]`; differentiable
     but for lse.
     """
-    if scale <= 0:  # the kernels take maxima before they scale
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    q, scale = _scaled_up(q, scale)
     indices, counts, block_m, block_n = None, None, 0, 0
     if selection is not None:
         indices, counts, block_m, block_n = selection.indices, selection.counts, selection.block_m, selection.block_n
@@ -55,6 +55,32 @@ def triton_attention(
         q, k, v, lam_logit, indices, counts, cu_seqlens_q, cu_seqlens_k, block_m, block_n, scale, window, needs_gradient
     )
     return o, lse.detach()
+
+
+def triton_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    lam_logit: Tensor | None,
+    selection: BlockSelection | None,
+    *,
+    scale: float,
+) -> Tensor:
+    """Arguments as `diff_attention_paged`, already validated. Returns o `[B, T, HO, D]`; no gradient."""
+    q, scale = _scaled_up(q, scale)
+    indices, counts, block_m = None, None, 0
+    if selection is not None:
+        indices, counts, block_m = selection.indices, selection.counts, selection.block_m
+    return _decode(q, k_pages, v_pages, page_table, lengths, lam_logit, indices, counts, block_m, scale)
+
+
+def _scaled_up(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same logits from a positive scale: the kernels take maxima before they scale."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
 
 
 @torch.library.custom_op("diffv2_sparse::attention", mutates_args=())
@@ -142,6 +168,34 @@ def _gradients(ctx, do, *_):
 
 
 _attention.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("diffv2_sparse::decode", mutates_args=())
+def _decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    lam_logit: Tensor | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    block_m: int,
+    scale: float,
+) -> Tensor:
+    from .kernels.decode import decode
+
+    if indices is not None:
+        indices, counts = indices.contiguous(), counts.contiguous()
+    with _on(q):
+        q, k_pages, v_pages, page_table = map(_rows, (q, k_pages, v_pages, page_table))
+        return decode(q, k_pages, v_pages, page_table, lengths.contiguous(), lam_logit, indices, counts, block_m, scale)
+
+
+@_decode.register_fake
+def _(q, k_pages, v_pages, page_table, lengths, lam_logit, indices, counts, block_m, scale):
+    B, T, HQ, D = q.shape
+    return q.new_empty(B, T, HQ if lam_logit is None else HQ // 2, D)
 
 
 def _domain(q, k, indices, counts, cu_q, cu_k, block_m, block_n, window):

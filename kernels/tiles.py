@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+RESIDENT = 3  # decode programs that a multiprocessor runs at once
+MOST_SPLITS = 128  # of the keys, in decoding
 MOST_ROWS = 16  # of a selection in one list: their bits, for two classes, fit an int32
 
 
@@ -24,7 +26,7 @@ def tile_sizes(head_dim: int, dtype: torch.dtype, arch: int, phase: str) -> Tile
 
     Args:
         arch: compute capability, 90 for Hopper; 0 for the interpreter.
-        phase: "forward", "dq" (K and V through Hopper's copy engine), the same with "_pointers", "dkv"; "…_union" for
+        phase: "forward", "dq" (K and V through Hopper's copy engine), the same with "_pointers", "dkv", "decode"; "…_union" for
             lists of several rows. In the backward, rows count pairs of heads.
     """
     if arch == 0:
@@ -47,6 +49,7 @@ _HOPPER = {
     "dq_pointers": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
     "dq_pointers_union": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
     "dkv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+    "decode": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
 }
 _AMPERE = {
     "forward_pointers": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
@@ -54,6 +57,7 @@ _AMPERE = {
     "dq_pointers": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
     "dq_pointers_union": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
     "dkv": (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1)),
+    "decode": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)),
 }
 
 
@@ -89,6 +93,37 @@ def query_tile(
 def fills_a_tile(phase: str, group: int, block_m: int, head_dim: int, dtype: torch.dtype, arch: int) -> bool:
     """Whether one row of a selection has enough tokens × heads to walk its list alone."""
     return block_m * triton.next_power_of_2(group) >= tile_sizes(head_dim, dtype, arch, phase + "_union").rows
+
+
+def decode_tile(row_tokens: int, heads: int, head_dim: int, dtype: torch.dtype, arch: int) -> tuple[Tile, int, int]:
+    """The tile of a decode program, and the heads and tokens that fill its rows; both are powers of two.
+
+    Args:
+        row_tokens: query tokens that share a list.
+        heads: of one group and class.
+    """
+    most = tile_sizes(head_dim, dtype, arch, "decode")
+    heads = min(triton.next_power_of_2(heads), most.rows)
+    tokens = max(min(triton.next_power_of_2(row_tokens), most.rows // heads), 16 // heads)
+    rows = tokens * heads
+    return Tile(rows, most.keys, most.warps if rows == most.rows else 4, most.stages), heads, tokens
+
+
+def splits_of(programs: int, steps: int, processors: int) -> int:
+    """How many programs share a walk of at most `steps` key tiles, where `programs` walks are to fill the GPU."""
+    splits = max(1, min(RESIDENT * processors // programs, steps, MOST_SPLITS))
+    return triton.cdiv(steps, triton.cdiv(steps, splits))
+
+
+def merge_tile(splits: int, head_dim: int) -> tuple[int, int, int]:
+    """Of a program that merges splits: their number as a power of two, dimensions, warps."""
+    splits = triton.next_power_of_2(splits)
+    return splits, max(16, min(triton.next_power_of_2(head_dim), 64, 4096 // splits)), 4
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU; without one, enough that the interpreter splits, too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def arch_of(device: torch.device) -> int:

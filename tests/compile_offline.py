@@ -1,4 +1,4 @@
-"""Compiles the kernels for a GPU that is not there: `python -m tests.compile_offline 90`, once per case that it prints.
+"""Compiles the kernels for a GPU that is not there: `python -m tests.compile_offline 90`, one line per case.
 
 The real launchers run on CPU tensors with a driver that names a target but launches nothing, so every kernel is built
 with just the arguments and constants of that call, down to machine code. The interpreter cannot tell that a kernel
@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from diffv2_sparse import TopK, ops, select_blocks
 from diffv2_sparse.kernels import tiles
+from tests.oracle import qkv, random_selection
 
 CASES = {  # T, HQ, H, D, differential, options
     "rows of 128": (256, 16, 2, 128, True, {"block_m": 128, "block_n": 128}),
@@ -21,6 +22,12 @@ CASES = {  # T, HQ, H, D, differential, options
     "rows of one token": (64, 16, 2, 128, True, {"block_m": 1, "block_n": 16}),
     "ordinary, rows of 16": (64, 3, 1, 96, False, {"block_m": 16, "block_n": 16, "mode": "per_head"}),
     "window": (64, 8, 2, 64, True, None),
+}
+PAGED_CASES = {  # T, HQ, H, D, differential, page size, lists: classes and tokens per row
+    "decode, one token": (1, 16, 2, 128, True, 64, (1, 1)),
+    "decode, per class, small pages": (4, 16, 2, 64, True, 16, (2, 1)),
+    "decode, dense, many rows": (16, 8, 1, 128, True, 128, None),
+    "decode, ordinary": (3, 3, 1, 96, False, 48, (1, 2)),
 }
 
 
@@ -40,6 +47,17 @@ class NamedTarget:
         return 0
 
 
+def compile_decode(T, HQ, H, D, differential, block_n, lists) -> None:
+    q, _, _, lam = qkv(2, T, T, HQ, H, D, dtype=torch.bfloat16, differential=differential)
+    pages = torch.zeros(32 * H, block_n, D, dtype=torch.bfloat16)
+    table, lengths = torch.zeros(2, H, 16, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    selection = None
+    if lists is not None:
+        C, block_m = lists
+        selection = random_selection(2, T, 16 * block_n, H, C=C, NB=8, block_m=block_m, block_n=block_n)
+    ops.triton_paged(q, pages, pages, table, lengths, lam, selection, scale=D**-0.5)
+
+
 def compile_all(arch: int) -> None:
     triton.runtime.driver.set_active(NamedTarget(arch))
     tiles_of = tiles.arch_of
@@ -56,10 +74,14 @@ def compile_all(arch: int) -> None:
         o, _ = ops.triton_attention(q, k, v, lam, selection, **call)
         o.backward(torch.zeros_like(o))
         print(name, flush=True)
+    for name, case in PAGED_CASES.items():
+        compile_decode(*case)
+        print(name, flush=True)
 
 
 if __name__ == "__main__":
     # imported for its launchers, so that `arch_of` can be set everywhere
-    from diffv2_sparse.kernels import backward, forward  # noqa: F401
+    from diffv2_sparse.kernels import backward, decode, forward  # noqa: F401
 
     compile_all(int(sys.argv[1]))
+    print("all of them")
