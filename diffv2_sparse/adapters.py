@@ -79,33 +79,6 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, lam_logit: Tensor | None, *,
     return combine_pairs(o.transpose(1, 2), lam_logit)
 
 
-def sdpa_masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, lam_logit: Tensor | None, selection: BlockSelection, *, scale: float
-) -> Tensor:
-    """Attention to selected blocks with the selection as an additive mask: all of T × S is computed.
-
-    Exact, and for short sequences on a GPU faster than gathering: while a selection holds much of the keys, fused
-    dense arithmetic costs less than the memory traffic it saves. The mask takes B · C · H · T · S elements of q's
-    dtype.
-
-    Args and results as `sdpa_attention`.
-    """
-    B, T, HQ, D = q.shape
-    S, H, C = k.shape[1], k.shape[2], selection.num_classes
-    seen = selection.to_mask(T, S).transpose(1, 2).reshape(B * H * C, 1, T, S)
-    blind = ~seen.any(-1, keepdim=True)  # tokens that see nothing: any softmax will do, and 0 in its place
-    mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~(seen | blind), float("-inf"))
-    # the heads that share a list are one batch entry: [B·H·C, G / C, T, D]
-    rows = q.unflatten(2, (H, -1, C)).permute(0, 2, 4, 3, 1, 5).flatten(0, 2)
-    heads = rows.shape[1]
-    k, v = (
-        x.transpose(1, 2)[:, :, None, None].expand(B, H, C, heads, S, D).flatten(0, 2) for x in (k, v)
-    )  # one copy per query head, as the masked kernels take no groups
-    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.expand(-1, heads, -1, -1), scale=scale)
-    o = o.masked_fill(blind, 0.0).unflatten(0, (B, H, C)).permute(0, 4, 1, 3, 2, 5).flatten(2, 4)
-    return combine_pairs(o, lam_logit)
-
-
 @functools.cache
 def flash_available() -> bool:
     """Whether flash-attn's functions can be imported; the bare namespace that FlashAttention-4 installs lacks them."""

@@ -2,10 +2,10 @@
 
     o[p] = softmax(q_2p kᵀ · scale) v − sigmoid(lam_logit[p]) · softmax(q_2p+1 kᵀ · scale) v
 
-`backend="auto"` takes, in this order: on CUDA, dense and windowed calls go to flash-attn where it is installed and the
-dtype is 16-bit, and a selection that holds much of a short sequence's keys to masked SDPA; everything else, and every
-call on a CPU, to "torch", which hands dense calls to SDPA. Paged calls on CUDA go to "triton" where it takes them. A
-backend that is named is used or raises; it never falls back. Source: microsoft/unilm, Diff-Transformer-V2.
+`backend="auto"` takes, on CUDA: for dense and windowed calls in 16 bit flash-attn where it is installed; else SDPA for
+plain dense calls, the fused "triton" kernels for all others, and "torch" where those cannot run. On a CPU it takes
+"torch", which hands dense calls to SDPA. Paged calls go to "triton" on CUDA, else to "torch". A backend that is named
+is used or raises; it never falls back. Source: microsoft/unilm, Diff-Transformer-V2.
 """
 
 from __future__ import annotations
@@ -70,12 +70,10 @@ def diff_attention(
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dense = selection is None and window is None
+    plain = dense and not packed and not return_lse  # SDPA's case
     if backend == "auto":
-        if window is None and not packed and not return_lse and _masking_is_cheaper(q, k, selection):
-            from .adapters import sdpa_masked_attention
-
-            return sdpa_masked_attention(q, k, v, lam_logit, selection, scale=scale)
-        backend = _automatic(q, selection)
+        backend = _automatic(q, selection, plain)
     inputs, span = (q, k, v, lam_logit), {"scale": scale, "window": window}
     bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     if backend == "reference":
@@ -101,8 +99,7 @@ def diff_attention(
             raise ValueError(f'backend: "triton": {reason}; "torch" would do')
         o, lse = triton_attention(*inputs, selection, **span, **bounds)
         return (o, lse) if return_lse else o
-    dense = selection is None and window is None
-    if dense and not packed and not return_lse and (q.shape[1] in (1, k.shape[1]) or q.is_cuda):
+    if plain and (q.shape[1] in (1, k.shape[1]) or q.is_cuda):
         from .adapters import sdpa_attention
 
         return sdpa_attention(*inputs, scale=scale)
@@ -181,24 +178,17 @@ def diff_attention_paged(
         return attend(q, k_pages, v_pages, page_table, pages.lengths, lam_logit, selection, scale=scale)
 
 
-def _automatic(q: Tensor, selection: BlockSelection | None) -> str:
-    if q.is_cuda and selection is None and q.dtype in (torch.float16, torch.bfloat16):
+def _automatic(q: Tensor, selection: BlockSelection | None, plain: bool) -> str:
+    if not q.is_cuda:
+        return "torch"
+    if selection is None and q.dtype in (torch.float16, torch.bfloat16):
         from .adapters import flash_available
 
         if flash_available():
             return "flash"
-    return "torch"
+    from .ops import obstacle
 
-
-def _masking_is_cheaper(q: Tensor, k: Tensor, selection: BlockSelection | None) -> bool:
-    """Whether "auto" computes a selection as masked dense attention: on a GPU, for lists that hold at least a sixteenth
-    of the keys, while the mask stays below 4 GiB.
-    """
-    if selection is None or not q.is_cuda:
-        return False
-    B, C, H, _, NB = selection.indices.shape
-    T, S = q.shape[1], k.shape[1]
-    return 16 * NB * selection.block_n >= S and B * C * H * T * S * q.element_size() <= 4 << 30
+    return "torch" if plain or obstacle(q) else "triton"
 
 
 def _check_call(q, k, v, lam_logit, selection, window, cu_seqlens_q, cu_seqlens_k) -> bool:

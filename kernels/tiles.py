@@ -26,8 +26,8 @@ def tile_sizes(head_dim: int, dtype: torch.dtype, arch: int, phase: str) -> Tile
 
     Args:
         arch: compute capability, 90 for Hopper; 0 for the interpreter.
-        phase: "forward", "dq" (K and V through Hopper's copy engine), the same with "_pointers", "dkv", "decode"; "…_union" for
-            lists of several rows. In the backward, rows count pairs of heads.
+        phase: "forward", "dq" (K and V through Hopper's copy engine), the same with "_pointers", "dkv", "decode";
+            "…_union" for lists of several rows. In the backward, rows count pairs of heads.
     """
     if arch == 0:
         return Tile(64, 64, 4, 1)

@@ -1,9 +1,11 @@
 """The public functions: what they refuse; and that the yardstick of all other tests sees the five classic bugs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from diffv2_sparse import BlockSelection, diff_attention, diff_attention_paged
+from diffv2_sparse import BlockSelection, attention, diff_attention, diff_attention_paged
 from diffv2_sparse.cache import PagedKV
 from diffv2_sparse.reference import reference_attention
 from tests.oracle import assert_within_budget, qkv, random_selection
@@ -118,6 +120,21 @@ def swapped_pair(q, k, v, lam, selection):
     return reference_attention(q.unflatten(2, (-1, 2)).flip(3).flatten(2, 3), k, v, lam, selection, return_lse=True)
 
 
+@pytest.mark.parametrize(
+    ("choice", "dtype", "D", "selected", "plain"),
+    [
+        ("triton", torch.bfloat16, 64, True, False),
+        ("triton", torch.float32, 64, False, False),  # a window, packed sequences, or lse
+        ("torch", torch.bfloat16, 64, False, True),
+        ("torch", torch.bfloat16, 512, True, False),  # heads too wide for the kernels
+        ("torch", torch.float64, 64, True, False),
+    ],
+)
+def test_what_auto_takes_on_a_gpu(choice, dtype, D, selected, plain):
+    q = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 8, 4, D))
+    assert attention._automatic(q, object() if selected else None, plain) == choice
+
+
 def dropped_block(q, k, v, lam, selection):
     short = BlockSelection(selection.indices, (selection.counts - 1).clamp(min=0), selection.block_m, selection.block_n)
     return reference_attention(q, k, v, lam, short, return_lse=True)
@@ -141,17 +158,3 @@ def test_the_error_budget_catches(bug):
     selection = None if bug is causal_off_by_one else random_selection(2, 32, 48, 2, empty=False)
     with pytest.raises(AssertionError):
         assert_within_budget(lambda *x: bug(*x, selection), qkv(2, 32, 48, 8, 2, 16), selection, gradients=False)
-
-
-@pytest.mark.parametrize("C", [1, 2])
-def test_masked_dense_attention_is_the_same_selection(C, device):
-    from diffv2_sparse.adapters import sdpa_masked_attention
-
-    inputs = qkv(2, 32, 48, 8, 2, 16, device=device)
-    selection = random_selection(2, 32, 48, 2, C=C, block_m=1, device=device)  # some lists are empty
-
-    def masked(q, k, v, lam):
-        _, lse = reference_attention(q, k, v, lam, selection, return_lse=True)
-        return sdpa_masked_attention(q, k, v, lam, selection, scale=16**-0.5), lse
-
-    assert_within_budget(masked, inputs, selection, factor=4.0)  # SDPA's own arithmetic, over all keys

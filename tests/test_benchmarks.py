@@ -118,7 +118,7 @@ def test_candidates_take_turns_and_failures_stay_out():
         budget_s=0,
         rounds=(3, 5),
     )
-    assert called[-9:] == ["a", "b", "apart"] * 3
+    assert all(sorted(called[-n:][:3]) == ["a", "apart", "b"] for n in (3, 6, 9))
     assert outcomes["missing"] == {"error": "ModuleNotFoundError: No module named 'rival'"}
     assert outcomes["full"] == {"error": "OutOfMemoryError: out of memory"}
     assert "computes something else" in outcomes["wrong"]["error"]
