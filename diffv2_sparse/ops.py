@@ -1,14 +1,15 @@
 """Backend "triton": the fused kernels as operators that autograd and torch.compile understand.
 
-`torch.library` operators, forward, backward and decode, each a direct launch of `kernels/` (imported when first
-called). Lists pass no gradient, and neither does lse. Source of the formulas: `kernels/forward.py`,
-`kernels/backward.py`, `kernels/decode.py`.
+`torch.library` operators, each a direct launch of `kernels/` (imported when first called): attention, forward and
+backward, decoding, the choice of blocks and their summaries. Lists pass no gradient, and neither does lse. Source of
+the formulas: the kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -196,6 +197,103 @@ def _decode(
 def _(q, k_pages, v_pages, page_table, lengths, lam_logit, indices, counts, block_m, scale):
     B, T, HQ, D = q.shape
     return q.new_empty(B, T, HQ if lam_logit is None else HQ // 2, D)
+
+
+def triton_select(
+    q: Tensor,
+    summaries: Tensor,
+    key_tokens: int | Tensor,
+    *,
+    mode: str,
+    budgets: list[tuple[int, float]],
+    block_m: int,
+    block_n: int,
+    sink_blocks: int,
+    local_blocks: int,
+    row_queries: str,
+    scale: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as `select_blocks`, already validated; `budgets` are most blocks and mass of each class, the mass
+    infinite for TopK. Returns indices and counts of a BlockSelection.
+    """
+    q, scale = _scaled_up(q, scale)
+    lengths = key_tokens if isinstance(key_tokens, Tensor) else None
+    return _select(
+        q,
+        summaries,
+        lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        0 if lengths is not None else key_tokens,
+        mode,
+        [blocks for blocks, _ in budgets],
+        [mass for _, mass in budgets],
+        block_m,
+        block_n,
+        sink_blocks,
+        local_blocks,
+        row_queries == "first",
+        scale,
+    )
+
+
+@torch.library.custom_op("diffv2_sparse::select", mutates_args=())
+def _select(
+    q: Tensor,
+    summaries: Tensor,
+    lengths: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    S: int,
+    mode: str,
+    blocks: Sequence[int],
+    masses: Sequence[float],
+    block_m: int,
+    block_n: int,
+    sink_blocks: int,
+    local_blocks: int,
+    first_only: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """indices and counts; S counts where `lengths` is None."""
+    from .kernels.candidates import Choice
+    from .kernels.score import select
+
+    (B, T, HQ, D), (NC, H) = q.shape, summaries.shape[1:3]
+    lengths = None if lengths is None else lengths.int()
+    sizes = {"B": B, "T": T, "S": S, "H": H, "G": HQ // H, "D": D, "NC": NC}
+    how = {"mode": mode, "first_only": first_only, "block_m": block_m, "block_n": block_n}
+    choice = Choice(**sizes, **how, lengths=lengths, cu_q=cu_q, cu_k=cu_k)
+    with _on(q):
+        budgets = list(zip(blocks, masses))
+        return select(_rows(q), _rows(summaries), choice, budgets, sink_blocks, local_blocks, scale)
+
+
+@_select.register_fake
+def _(q, summaries, lengths, cu_q, cu_k, S, mode, blocks, masses, block_m, block_n, sink, local, first_only, scale):
+    sequences = 1 if cu_q is None else cu_q.shape[0] - 1
+    NM = (q.shape[1] + sequences * (block_m - 1)) // block_m
+    shape = q.shape[0], 2 if mode == "per_class" else 1, summaries.shape[2], NM
+    return q.new_empty(*shape, max(blocks), dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("diffv2_sparse::summaries", mutates_args=())
+def triton_summaries(k: Tensor, block_n: int, cu_k: Tensor | None) -> Tensor:
+    """Mean keys, `[B, S // block_n, H, D]`, as `block_summaries`; those of packed sequences, bounded by `cu_k` int32
+    `[N + 1]`, stand one after another, with zeros behind.
+    """
+    from .kernels.summaries import summaries
+
+    with _on(k):
+        return summaries(_rows(k), block_n, cu_k)
+
+
+@triton_summaries.register_fake
+def _(k, block_n, cu_k):
+    B, S, H, D = k.shape
+    return k.new_empty(B, S // block_n, H, D)
 
 
 def _domain(q, k, indices, counts, cu_q, cu_k, block_m, block_n, window):

@@ -119,8 +119,8 @@ class BlockSelection:
         block_n: tokens per key block.
 
     C = 1: signal and noise heads share the list. C = 2: class 0 is signal, class 1 is noise. For packed sequences B =
-    1, the rows of all sequences are concatenated (NM = Σ⌈T_b / block_m⌉), and indices count from the start of their
-    own sequence.
+    1, the rows of all sequences are concatenated (NM = Σ⌈T_b / block_m⌉; or more, with empty lists behind, where that
+    number is not known on the host), and indices count from the start of their own sequence.
 
     Raises:
         ValueError: the shapes, dtypes or devices of the two tensors do not fit each other.
@@ -192,14 +192,15 @@ class BlockSelection:
         layout = query_rows(
             B, T, S, self.block_m, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, device=self.indices.device
         )
-        if len(layout) != B * NM:
+        behind = B * NM - len(layout)
+        if behind < 0 or (behind and cu_seqlens_q is None) or bool(self.counts[:, :, :, NM - behind :].any()):
             raise ValueError(f"selection: expected {len(layout)} rows of block_m {self.block_m} in all, got {B * NM}")
         if bool(((self.counts < 0) | (self.counts > NB)).any()):
             raise ValueError(f"counts: expected 0 … NB = {NB}, got {int(self.counts.min())} … {int(self.counts.max())}")
         if cu_seqlens_k is None:
             blocks = torch.full((1, 1, 1, 1, 1), -(-S // self.block_n), device=self.indices.device)
         else:
-            key_tokens = cu_seqlens_k.long().diff()[layout.sequence]
+            key_tokens = torch.nn.functional.pad(cu_seqlens_k.long().diff()[layout.sequence], (0, behind))
             blocks = (-(-key_tokens // self.block_n)).view(1, 1, 1, NM, 1)
         listed = torch.arange(NB, device=self.indices.device) < self.counts[..., None]
         if bool((listed & ((self.indices < 0) | (self.indices >= blocks))).any()):
@@ -223,7 +224,7 @@ class BlockSelection:
         self._check_lengths(T, S, cu_seqlens_q)
         bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         rows = query_rows(self.indices.shape[0], T, S, self.block_m, **bounds, device=self.indices.device)
-        indices, counts = self.by_row()
+        indices, counts = (x[:, :, : len(rows)] for x in self.by_row())
         listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]  # [C, H, R, NB]
         starts = torch.where(listed, indices.long() * self.block_n, torch.iinfo(torch.int64).max // 2)
         total, tokens = torch.zeros((), device=indices.device), torch.zeros((), device=indices.device)

@@ -6,7 +6,8 @@
 The candidates of a row are the complete blocks that end before its first token; the blocks that the row overlaps, its
 nearest past and the first blocks of the sequence are forced. `pair_mean` averages the logits of a differential pair,
 `per_class` scores signal and noise heads apart, `per_head` scores every head (ordinary attention). The choice passes
-no gradient. Rows are scored in chunks, so that nothing of the size T × S / block_n is ever held.
+no gradient. Rows are scored in chunks, so that nothing of the size T × S / block_n is ever held. What follows is plain
+torch, for any device; on a GPU the fused kernels of `ops.py` follow the same rules.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .ops import obstacle, triton_select, triton_summaries
 from .selection import BlockSelection, check_cu_seqlens, query_rows
+
+BACKENDS = ("auto", "triton", "torch")
 
 _SCORE_BYTES = {"cpu": 16 << 20, "cuda": 48 << 20}  # of one chunk's logits; about four such buffers live at once
 
@@ -72,7 +76,8 @@ def block_mean(blocks: Tensor, dim: int) -> Tensor:
         half = total.shape[0] // 2
         folded = total[:half] + total[half : 2 * half]
         total = torch.cat([folded, total[2 * half :]]) if total.shape[0] % 2 else folded
-    return (total[0] / n).to(blocks.dtype)
+    # by a tensor: on a GPU a division by a number is a product with its rounded inverse
+    return (total[0] / total.new_full((), n)).to(blocks.dtype)
 
 
 def block_summaries(k: Tensor, block_n: int, cu_seqlens_k: Tensor | None = None) -> Tensor:
@@ -109,6 +114,7 @@ def select_blocks(
     key_tokens: int | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    backend: str = "auto",
 ) -> BlockSelection:
     """Selects key blocks for every row of queries and GQA group.
 
@@ -131,24 +137,58 @@ def select_blocks(
         key_tokens: S when `summaries` is given: an int, or integers `[B]` on q's device. Query t stands at key
             position S − T + t.
         cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, the bounds of packed sequences.
+        backend: "triton" (fused, CUDA; nothing is read back from the device), "torch" (any device; reads the bounds of
+            packed sequences) or "auto": on CUDA "triton" where it takes the dtype and head size, else "torch".
 
     Returns:
-        BlockSelection with NB = the (larger) budget. Nothing is read back from the device, except the bounds of packed
-        sequences. A row before its sequence's first key, where T exceeds a length in `key_tokens`, gets an empty list.
+        BlockSelection with NB = the (larger) budget. A row before its sequence's first key, where T exceeds a length in
+        `key_tokens`, gets an empty list. Packed rows of `block_m` > 1 may be followed by empty lists: "triton" knows
+        how many rows there are at most, not how many.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, T > S, an unknown mode, an odd group where a mode needs pairs,
-            or a budget below sink_blocks + local_blocks + ⌈(block_m − 1) / block_n⌉.
+            a budget below sink_blocks + local_blocks + ⌈(block_m − 1) / block_n⌉, or a backend that cannot do what is
+            asked.
     """
     _check_sizes(block_m, block_n, sink_blocks, local_blocks, mode, row_queries)
     budgets = _check_budget(budget, mode, sink_blocks + local_blocks + -(-(block_m - 1) // block_n))
     S = _check_tensors(q, k, summaries, key_tokens, mode, block_n, cu_seqlens_q, cu_seqlens_k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if _backend(backend, q) == "triton":
+        if summaries is None:
+            summaries = triton_summaries(k.detach(), block_n, cu_seqlens_k)
+        lists = triton_select(
+            q.detach(),
+            summaries.detach(),
+            S,
+            mode=mode,
+            budgets=[(b.max_blocks, b.mass if isinstance(b, TopP) else float("inf")) for b in budgets],
+            block_m=block_m,
+            block_n=block_n,
+            sink_blocks=sink_blocks,
+            local_blocks=local_blocks,
+            row_queries=row_queries,
+            scale=scale,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+        return BlockSelection(*lists, block_m, block_n)
     if summaries is None:
         summaries = block_summaries(k.detach(), block_n, cu_seqlens_k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     choose = _Chooser(mode, budgets, block_m, block_n, sink_blocks, local_blocks, row_queries, scale)
     with torch.autocast(q.device.type, enabled=False):  # scores stay in float32
         return BlockSelection(*_choose_all(choose, q, summaries, S, cu_seqlens_q, cu_seqlens_k), block_m, block_n)
+
+
+def _backend(name: str, q: Tensor) -> str:
+    """The backend that is used: a named one, or none at all."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "auto":
+        return "triton" if q.is_cuda and obstacle(q) is None else "torch"
+    if name == "triton" and (reason := obstacle(q)):
+        raise ValueError(f'backend: "triton": {reason}; "torch" would do')
+    return name
 
 
 def _choose_all(choose, q, summaries, S, cu_seqlens_q, cu_seqlens_k) -> tuple[Tensor, Tensor]:

@@ -27,12 +27,13 @@ def tile_sizes(head_dim: int, dtype: torch.dtype, arch: int, phase: str) -> Tile
     Args:
         arch: compute capability, 90 for Hopper; 0 for the interpreter.
         phase: "forward", "dq" (K and V through Hopper's copy engine), the same with "_pointers", "dkv", "decode";
-            "…_union" for lists of several rows. In the backward, rows count pairs of heads.
+            "…_union" for lists of several rows; "score" and "logits" for the choice of blocks, whose keys are
+            summaries. In the backward, rows count pairs of heads.
     """
     if arch == 0:
         return Tile(64, 64, 4, 1)
     if dtype.itemsize > 2:  # no tensor cores: float32 is for tests
-        return Tile(32 if phase.startswith("forward") else 16, 32 if head_dim <= 64 else 16, 4, 1)
+        return Tile(16 if phase.startswith("d") else 32, 32 if head_dim <= 64 else 16, 4, 1)
     size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     return (_HOPPER if arch >= 90 else _AMPERE)[phase][size]
 
@@ -50,6 +51,8 @@ _HOPPER = {
     "dq_pointers_union": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
     "dkv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
     "decode": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
+    "score": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    "logits": (Tile(128, 128, 4, 1), Tile(128, 128, 4, 1), Tile(128, 64, 4, 1)),
 }
 _AMPERE = {
     "forward_pointers": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
@@ -58,6 +61,8 @@ _AMPERE = {
     "dq_pointers_union": (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 1)),
     "dkv": (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 1)),
     "decode": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)),
+    "score": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    "logits": (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
 }
 
 

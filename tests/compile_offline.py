@@ -5,6 +5,7 @@ with just the arguments and constants of that call, down to machine code. The in
 compiles: it knows no types of loop-carried variables, no shared memory, no layouts.
 """
 
+import math
 import sys
 
 import torch
@@ -28,6 +29,13 @@ PAGED_CASES = {  # T, HQ, H, D, differential, page size, lists: classes and toke
     "decode, per class, small pages": (4, 16, 2, 64, True, 16, (2, 1)),
     "decode, dense, many rows": (16, 8, 1, 128, True, 128, None),
     "decode, ordinary": (3, 3, 1, 96, False, 48, (1, 2)),
+}
+CHOICES = {  # B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, lengths on the device
+    "choice for rows of 64": (1, 4096, 64, 16, 2, 128, 64, 64, "pair_mean", [(32, math.inf)], False),
+    "choice for each token, per class": (1, 2048, 300, 8, 2, 64, 1, 16, "per_class", [(9, 0.9), (8, math.inf)], False),
+    "choice for long rows of any heads": (1, 9000, 30, 3, 1, 96, 300, 300, "per_head", [(20, 0.5)], False),
+    "choice in decoding": (4, 1, 16384, 64, 8, 128, 1, 64, "pair_mean", [(64, math.inf)], True),
+    "choice beyond the registers": (1, 8, 20000, 8, 2, 256, 4, 64, "pair_mean", [(64, 0.5)], True),
 }
 
 
@@ -77,11 +85,32 @@ def compile_all(arch: int) -> None:
     for name, case in PAGED_CASES.items():
         compile_decode(*case)
         print(name, flush=True)
+    for name, (B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, ragged) in CHOICES.items():
+        q, k = torch.zeros(B, T, HQ, D, dtype=torch.bfloat16), torch.zeros(1, 2 * block_n, H, D, dtype=torch.bfloat16)
+        ops.triton_summaries(k, block_n, None if ragged else torch.tensor([0, 2 * block_n], dtype=torch.int32))
+        summaries = torch.zeros(B, NC, H, D, dtype=torch.bfloat16)
+        bounds = None if ragged or mode == "pair_mean" else torch.tensor([0, T], dtype=torch.int32)
+        ops.triton_select(
+            q,
+            summaries,
+            torch.full((B,), NC * block_n) if ragged else NC * block_n,
+            mode=mode,
+            budgets=budgets,
+            block_m=block_m,
+            block_n=block_n,
+            sink_blocks=1,
+            local_blocks=2,
+            row_queries="all",
+            scale=0.1,
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=bounds,
+        )
+        print(name, flush=True)
 
 
 if __name__ == "__main__":
     # imported for its launchers, so that `arch_of` can be set everywhere
-    from diffv2_sparse.kernels import backward, decode, forward  # noqa: F401
+    from diffv2_sparse.kernels import backward, decode, forward, score, summaries  # noqa: F401
 
     compile_all(int(sys.argv[1]))
     print("all of them")

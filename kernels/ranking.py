@@ -1,0 +1,250 @@
+"""Scores → lists: the blocks of each row that its budget keeps, without sorting.
+
+    TopK: the k best free candidates.    TopP: free candidates in falling score until their mass, with that of the
+    forced ones before them, reaches `mass`; at most k.
+
+Scores are not negative, so their bits order them as integers: the least score that is kept is found by bisection
+between integers, with one count (and one sum) of the row in every step. Of equal scores the first are kept. Forced
+candidates and the row's own blocks are added, and the list is written ascending. One program ranks one row.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .candidates import Bounds, Choice, Form, candidates_of, unit_of
+
+IN_REGISTERS = 16384  # candidates that a program keeps in registers; longer rows are read again in every step
+
+
+@triton.jit
+def _load(at, j, low, high, stride_part, PARTS: tl.constexpr):
+    """Scores of candidates `j`, the sum of their parts, and their bits; −1 outside low … high − 1."""
+    inside = (j >= low) & (j < high)
+    score = tl.load(at + j, mask=inside, other=0.0)
+    for part in range(1, PARTS):
+        score += tl.load(at + part * stride_part + j, mask=inside, other=0.0)
+    score = tl.where(score > 0, score, 0.0)  # no number: as good as 0
+    return score, tl.where(inside, score.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def _tally(at, bits, least, low, high, MASS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many free candidates have at least these bits, and (with MASS) their sum. `bits` are those of the row, if
+    WHOLE.
+    """
+    count = tl.full((), 0, tl.int32)
+    mass = tl.full((), 0.0, tl.float32)
+    if WHOLE:
+        count += tl.sum((bits >= least).to(tl.int32), 0)
+        if MASS:
+            mass += tl.sum(tl.where(bits >= least, bits.to(tl.float32, bitcast=True), 0.0), 0)
+    else:
+        for start in range(low, high, BLOCK):
+            score, own = _load(at, start + tl.arange(0, BLOCK), low, high, 0, 1)
+            count += tl.sum((own >= least).to(tl.int32), 0)
+            if MASS:
+                mass += tl.sum(tl.where(own >= least, score, 0.0), 0)
+    return count, mass
+
+
+@triton.jit
+def _write(list_at, j, score, bits, forced, lo, hi, kept, surplus, passed, ties, mass, wanted, NB, MASS: tl.constexpr):
+    """Lists those of candidates `j` that are kept, after `kept` others: forced ones, those from `hi` on, and those
+    from `lo` to `hi`. With `surplus` these are equal, and only `ties` of them are kept, as long as the mass before is
+    below `wanted`; `passed` of them stand before. Returns how many were listed, and how many lie between `lo` and `hi`.
+    """
+    keep = (bits >= lo) & (bits < hi)
+    between = tl.sum(keep.to(tl.int32), 0)
+    if surplus:
+        before = passed + tl.cumsum(keep.to(tl.int32), 0) - 1
+        keep = keep & (before < ties)
+        if MASS:
+            keep = keep & (mass + before.to(tl.float32) * score < wanted)
+    keep = keep | forced | (bits >= hi)
+    place = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(list_at + place, j, mask=keep & (place < NB))
+    return tl.sum(keep.to(tl.int32), 0), between
+
+
+@triton.jit(do_not_specialize=["T", "S", "NC", "NL", "NM", "first_unit", "sink", "local", "blocks_0", "blocks_1", "NB"])
+def _rank_kernel(
+    scores,
+    indices,
+    counts,
+    bounds,
+    T,
+    S,
+    NC,
+    NL,
+    NM,
+    first_unit,
+    stride_line,
+    sink,
+    local,
+    blocks_0,
+    blocks_1,
+    wanted_0,
+    wanted_1,
+    NB,
+    FORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    line = tl.program_id(0).to(tl.int64)  # [units, C, H, rows]
+    i_h = line // FORM.rows % FORM.H
+    i_c = line // FORM.rows // FORM.H % FORM.classes
+    unit = unit_of(line // FORM.rows // FORM.H // FORM.classes + first_unit, bounds, T, S, NL)
+    row = unit.own * FORM.rows + (line % FORM.rows).to(tl.int32)
+    if row >= tl.cdiv(unit.Tq, FORM.block_m):
+        return
+    position = unit.Sk - unit.Tq + row * FORM.block_m
+    last = tl.minimum(position + FORM.block_m, unit.Sk) - 1
+    first_own = tl.maximum(position, 0) // FORM.block_n
+    overlapped = tl.where(last < 0, 0, tl.maximum(last, 0) // FORM.block_n - first_own + 1)
+    n = candidates_of(row, unit, NC, FORM)
+    low = tl.minimum(sink, n)  # the candidates low … high − 1 are free, the others forced
+    high = tl.maximum(tl.minimum(first_own - local + 1, n), low)
+    room = tl.where(i_c == 0, blocks_0, blocks_1) - overlapped - (n - (high - low))
+    wanted = tl.where(i_c == 0, wanted_0, wanted_1)
+
+    at = scores + line * PARTS * stride_line
+    offs = tl.arange(0, BLOCK)
+    mass = tl.full((), 0.0, tl.float32)  # of the forced candidates, later of those from `hi` on, too
+    if WHOLE:
+        _score, bits = _load(at, offs, low, high, stride_line, PARTS)
+        least = tl.min(tl.where(bits < 0, 0x7FFFFFFF, bits), 0)
+        most = tl.max(bits, 0)
+        if MASS:
+            every, _ = _load(at, offs, 0, n, stride_line, PARTS)
+            mass += tl.sum(tl.where(bits < 0, every, 0.0), 0)
+    else:
+        bits = offs  # unused
+        least = tl.full((), 0x7FFFFFFF, tl.int32)
+        most = tl.full((), -1, tl.int32)
+        for start in range(0, n, BLOCK):
+            every, _ = _load(at, start + offs, 0, n, stride_line, PARTS)
+            free = (start + offs >= low) & (start + offs < high)
+            every_bits = every.to(tl.int32, bitcast=True)
+            least = tl.minimum(least, tl.min(tl.where(free, every_bits, 0x7FFFFFFF), 0))
+            most = tl.maximum(most, tl.max(tl.where(free, every_bits, -1), 0))
+            mass += tl.sum(tl.where(free, 0.0, every), 0)
+            if PARTS > 1:
+                tl.store(at + start + offs, every, mask=start + offs < n)
+        if PARTS > 1:
+            tl.debug_barrier()  # what one thread stored, others read
+
+    # From `hi` on all are kept, below `lo` none; what lies between is decided by halving, down to one score.
+    forced_mass = mass
+    lo, hi = least, most + 1
+    count_lo, total = _tally(at, bits, least, low, high, MASS, WHOLE, BLOCK)
+    count_hi = tl.full((), 0, tl.int32)
+    nothing = room <= 0
+    searching = count_lo > room
+    if MASS:
+        nothing = nothing | (forced_mass >= wanted)
+        searching = searching | (forced_mass + total >= wanted)
+        settled = tl.full((), 0, tl.int32)
+    else:
+        settled = room  # so many from `lo` on, and there is no need to go on
+    lo = tl.where(nothing, hi, lo)
+    while searching & (hi - lo > 1) & (count_lo - count_hi > 1) & (count_lo > settled):
+        middle = lo + (hi - lo) // 2
+        count, above = _tally(at, bits, middle, low, high, MASS, WHOLE, BLOCK)
+        enough = count >= room
+        if MASS:
+            enough = enough | (forced_mass + above >= wanted)
+        lo = tl.where(enough, middle, lo)
+        count_lo = tl.where(enough, count, count_lo)
+        hi = tl.where(enough, hi, middle)
+        count_hi = tl.where(enough, count_hi, count)
+        mass = tl.where(enough, mass, forced_mass + above)
+
+    row_out = row
+    if bounds.row_starts is not None:
+        row_out = row + tl.load(bounds.row_starts + unit.sequence)
+    out = ((unit.batch * FORM.classes + i_c) * FORM.H + i_h) * NM + row_out
+    list_at = indices + out * NB
+    surplus = (hi - lo == 1) & (count_lo - count_hi > 1)
+    kept = tl.full((), 0, tl.int32)
+    passed = tl.full((), 0, tl.int32)
+    for start in range(0, n, STEP):
+        j = start + tl.arange(0, STEP)
+        score, own_bits = _load(at, j, low, high, stride_line, PARTS if WHOLE else 1)
+        forced = (j < n) & ((j < low) | (j >= high))
+        more, between = _write(
+            list_at, j, score, own_bits, forced, lo, hi, kept, surplus, passed, room - count_hi, mass, wanted, NB, MASS
+        )
+        kept += more
+        passed += between
+    listed = tl.arange(0, LISTED)
+    blocks = tl.where(listed < kept + overlapped, first_own + listed - kept, 0)
+    tl.store(list_at + listed, blocks, mask=(listed >= kept) & (listed < NB))
+    tl.store(counts + out, tl.minimum(kept + overlapped, NB))
+
+
+def workers(block: int, rows: int) -> tuple[int, int]:
+    """Warps of a program, and how many candidates it writes at a time: with few rows each is finished as soon as can
+    be, with many registers are spared.
+    """
+    if rows <= 1024:
+        return min(16, max(1, block // 512)), block
+    warps = min(16, max(1, block // 1024))
+    return warps, min(block, 256 * warps)
+
+
+def rank(
+    scores: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    choice: Choice,
+    form: Form,
+    bounds: Bounds,
+    units: int,
+    first_unit: int,
+    budgets: list[tuple[int, float]],
+    sink_blocks: int,
+    local_blocks: int,
+) -> None:
+    """Writes the lists of a chunk of units.
+
+    Args:
+        scores: float32 `[chunk, C, H, rows, parts, ≥ NC]`; a row's scores are the sum of its parts. Overwritten.
+        indices, counts: int32 `[B, C, H, NM, NB]` and `[B, C, H, NM]`.
+        units: of a batch entry; the chunk begins at `first_unit`, counted over all.
+        budgets: of each class, most blocks and mass; the mass is infinite for TopK.
+    """
+    NB = indices.shape[-1]
+    rows = scores[..., 0, 0].numel()
+    block = min(IN_REGISTERS, max(16, triton.next_power_of_2(choice.NC)))
+    warps, step = workers(block, rows)
+    _rank_kernel[(rows,)](
+        scores,
+        indices,
+        counts,
+        bounds,
+        choice.T,
+        choice.S,
+        choice.NC,
+        units,
+        choice.NM,
+        first_unit,
+        scores.shape[-1],
+        sink_blocks,
+        local_blocks,
+        *(blocks for blocks, _ in (budgets[0], budgets[-1])),
+        *(mass for _, mass in (budgets[0], budgets[-1])),
+        NB,
+        FORM=form.of_rows,
+        PARTS=scores.shape[4],
+        MASS=any(mass != float("inf") for _, mass in budgets),
+        WHOLE=block >= choice.NC,
+        BLOCK=block,
+        STEP=step,
+        LISTED=triton.next_power_of_2(NB),
+        num_warps=warps,
+    )

@@ -1,0 +1,477 @@
+"""The kernels that choose blocks against the torch path: the same lists, but where scores differ by a rounding.
+
+Without a GPU they run in Triton's interpreter, in float32 and float16; cases marked gpu add bfloat16, large sizes, CUDA
+graphs and the absence of host synchronisation. Outputs are poisoned: memory that a kernel allocates starts as NaN.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffv2_sparse import BlockSelection, TopK, TopP, select_blocks
+from diffv2_sparse.selection import query_rows
+from diffv2_sparse.selectors import block_summaries
+
+pytest.importorskip("triton")
+from diffv2_sparse import ops
+from diffv2_sparse.kernels import ranking, score
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    """Fills what `torch.empty` returns with NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["full", "few"])
+def form(request, monkeypatch):
+    """Tiles that walk all their candidates, or pieces of them that keep their logits."""
+    monkeypatch.setattr(score, "is_few", lambda *_: request.param == "few")
+
+
+def exact_scores(q, summaries, lengths, *, mode, block_m, block_n, row_queries, scale=None):
+    """float64 `[B, C, H, NM, NC]` of the operands as they are rounded, 0 where a block is no candidate."""
+    B, T, HQ, D = q.shape
+    NC, H = summaries.shape[1:3]
+    scale = D**-0.5 if scale is None else scale
+    heads = q.unflatten(2, (H, -1))  # [B, T, H, G, D]
+    if mode == "pair_mean":
+        parts = [((heads[..., 0::2, :].float() + heads[..., 1::2, :].float()) / 2).to(q.dtype)]
+    else:
+        parts = [heads] if mode == "per_head" else [heads[..., 0::2, :], heads[..., 1::2, :]]
+    logits = torch.stack([torch.einsum("bthgd,bnhd->bhtgn", x.double(), summaries.double()) for x in parts], 1) * scale
+    row = torch.arange(T, device=q.device) // block_m
+    n = torch.stack([(length - T + row * block_m).clamp(min=0) // block_n for length in lengths])  # [B, T]
+    candidate = torch.arange(NC, device=q.device) < n[:, None, None, :, None, None]
+    weights = torch.softmax(logits.masked_fill(~candidate, -torch.inf), -1).nan_to_num(0.0).mean(4)  # [B, C, H, T, NC]
+    tokens = [weights[:, :, :, t : t + block_m] for t in range(0, T, block_m)]
+    return torch.stack([x[:, :, :, 0] if row_queries == "first" else x.mean(3) for x in tokens], 3)
+
+
+def assert_same_lists(got, expected, scores, budgets, tolerance):
+    """Lists differ only where scores do by no more than `tolerance`, relative; and by blocks that TopP still takes for
+    a mass that is short of its budget by no more than that.
+    """
+    assert got.indices.dtype == got.counts.dtype == torch.int32
+    NM, NB = expected.indices.shape[3:]
+    assert not got.counts[:, :, :, NM:].any(), "rows behind the last"
+    assert got.indices.shape[4] == NB
+    different = (got.indices[:, :, :, :NM] != expected.indices).any(-1) | (got.counts[:, :, :, :NM] != expected.counts)
+    for at in different.nonzero().tolist():
+        lists = [x.indices[(*at, slice(x.counts[tuple(at)]))].tolist() for x in (got, expected)]
+        less, more = sorted(map(set, lists), key=len)
+        own = scores[tuple(at)].tolist()
+        worth = {j: own[j] for j in less | more if j < len(own)}
+        said = f"{at}: {lists[0]}, expected {lists[1]}, scores {worth}"
+        assert lists[0] == sorted(set(lists[0])), said
+        assert less ^ more <= worth.keys(), said  # the blocks that the row overlaps have no score
+        assert len(less ^ more) > 0, said  # else something stands behind the list
+        apart = [worth[j] for j in less ^ more]
+        if len(less) == len(more):
+            assert max(apart) - min(apart) <= tolerance * max(apart) + 1e-30, said
+        else:
+            assert isinstance(budgets[at[1]], TopP), said
+            assert less < more, said
+            assert sum(worth.get(j, 0.0) for j in less) >= budgets[at[1]].mass - tolerance, said
+    assert different.sum() <= 1 + different.numel() // 50, f"{different.float().mean():.0%} differ: more than roundings"
+
+
+def tolerance_of(dtype):
+    return 1e-5 if dtype == torch.float32 else 1e-4
+
+
+def check(sizes, *, dtype=torch.float32, device="cpu", budget, spread=2.0, **options):
+    """`spread` is that of the logits, roughly."""
+    B, T, S, HQ, H, D = sizes
+    options = {"mode": "pair_mean", "row_queries": "all", **options}
+    q = (torch.randn(B, T, HQ, D, device=device) * spread).to(dtype)
+    summaries = torch.randn(B, S // options["block_n"], H, D, device=device).to(dtype)
+    call = {"summaries": summaries, "key_tokens": S, "budget": budget, **options}
+    got, expected = (select_blocks(q, backend=name, **call) for name in ("triton", "torch"))
+    got.validate(T, S)
+    scoring = {name: options[name] for name in ("mode", "block_m", "block_n", "row_queries")}
+    scores = exact_scores(q, summaries, torch.full((B,), S, device=device), **scoring)
+    assert_same_lists(got, expected, scores, budget if isinstance(budget, tuple) else (budget,), tolerance_of(dtype))
+
+
+KINDS = [("TopK", "few"), ("TopP", "full")]
+TOP_K, TOP_P, PAIR = TopK(7), TopP(0.6, 9), (TopK(9), TopP(0.5, 7))
+CELLS = [  # B, T, S, HQ, H, D, options
+    (1, 5, 50, 4, 1, 16, {"block_m": 1, "block_n": 3}),
+    (2, 2, 61, 12, 1, 24, {"block_m": 1, "block_n": 4, "mode": "per_class"}),  # three pairs a group
+    (1, 13, 40, 3, 1, 8, {"block_m": 3, "block_n": 1, "mode": "per_head"}),  # an odd group, blocks of one key
+    (1, 10, 130, 4, 2, 16, {"block_m": 3, "block_n": 16, "row_queries": "first"}),
+    (1, 70, 200, 8, 1, 16, {"block_m": 16, "block_n": 5}),  # rows shorter than a tile, several in one
+    (1, 70, 170, 4, 1, 40, {"block_m": 16, "block_n": 8, "mode": "per_head", "row_queries": "first"}),
+    (1, 100, 300, 16, 2, 16, {"block_m": 64, "block_n": 20}),  # rows longer than a tile, and the last one short
+    (2, 64, 64, 4, 1, 16, {"block_m": 64, "block_n": 16, "mode": "per_class"}),  # no candidates at all
+    (1, 40, 500, 4, 1, 16, {"block_m": 1000, "block_n": 64, "local_blocks": 1}),  # one row longer than the call
+]
+
+
+@pytest.mark.parametrize(("cell", "kind", "form"), [(c, k, f) for c in CELLS for k, f in KINDS], indirect=["form"])
+def test_same_lists(cell, kind, form, device):
+    *sizes, options = cell
+    forced = 3 + math.ceil((options["block_m"] - 1) / options["block_n"])
+    budget = TopK(forced + 4) if kind == "TopK" else TopP(0.6, forced + 6)
+    if options.get("mode") == "per_class":
+        budget = (budget, TopP(0.4, forced + 3) if kind == "TopK" else TopK(forced + 1))
+    check(sizes, budget=budget, device=device, **options)
+
+
+@pytest.mark.parametrize("mode", ["pair_mean", "per_class", "per_head"])
+@pytest.mark.parametrize(("T", "block_m", "block_n"), [(6, 1, 8), (40, 16, 8)])
+def test_half_precision(T, block_m, block_n, mode, form, device):
+    check(
+        (1, T, 300, 4, 1, 32), dtype=torch.float16, mode=mode, budget=TOP_P, device=device, block_m=block_m, block_n=8
+    )
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        TopK(3),  # the forced blocks alone
+        TopK(4),
+        TopK(1000),  # more than there are
+        TopP(1.0, 60),
+        TopP(1e-9, 60),  # the forced ones are enough
+        TopP(0.999, 8),  # cut by its number
+    ],
+)
+def test_budgets(budget, device):
+    for sink, local in ((0, 3), (2, 1)):
+        sizes = (1, 1, 190, 4, 2, 16)
+        check(sizes, budget=budget, block_m=1, block_n=4, sink_blocks=sink, local_blocks=local, device=device)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 30.0])
+def test_flat_and_steep_scores(spread, device):
+    """All equal (ties go to the lower index), nearly equal, and with all the mass in one block and zeros elsewhere."""
+    for budget in (TopK(8), TopP(0.3, 20)):
+        check((1, 1, 300, 4, 1, 16), budget=budget, block_m=1, block_n=4, spread=spread, device=device)
+
+
+@pytest.mark.parametrize("budget", [TopK(7), TopP(0.5, 16)])
+def test_ties_go_to_the_lower_block(budget, monkeypatch, device):
+    q, k = torch.randn(1, 1, 4, 8, device=device), torch.ones(1, 64, 2, 8, device=device)
+    for registers in (16384, 4):
+        monkeypatch.setattr(ranking, "IN_REGISTERS", registers)
+        got = select_blocks(q, k, budget=budget, block_m=1, block_n=4, backend="triton")
+        blocks = [0, 1, 2, 3, 4, 14, 15] if isinstance(budget, TopK) else [0, 1, 2, 3, 4, 5, 6, 14, 15]
+        assert got.indices[0, 0, 0, -1, : len(blocks)].tolist() == blocks
+        assert got.counts[0, 0, 0, -1] == len(blocks)
+
+
+@pytest.mark.parametrize("budget", [TOP_K, TOP_P])
+def test_rows_that_do_not_fit_in_registers(budget, monkeypatch, device):
+    monkeypatch.setattr(ranking, "IN_REGISTERS", 16)
+    check((1, 1, 400, 4, 1, 16), budget=budget, block_m=1, block_n=4, device=device)
+    monkeypatch.setattr(score, "is_few", lambda *_: False)
+    budget = dataclasses.replace(budget, **{list(vars(budget))[-1]: 30})
+    check((1, 90, 400, 8, 1, 16), budget=budget, block_m=80, block_n=5, device=device)  # rows of several parts
+
+
+def test_chunks_do_not_change_the_lists(monkeypatch, form, device):
+    options = {"mode": "per_class", "budget": (TopK(9), TopP(0.7, 12)), "block_m": 4, "block_n": 8, "backend": "triton"}
+    q, given = torch.randn(2, 8, 4, 8, device=device), {"summaries": torch.randn(2, 18, 1, 8), "key_tokens": 151}
+    given["summaries"] = given["summaries"].to(device)
+    whole = select_blocks(q, **given, **options)
+    monkeypatch.setattr(score, "WORKSPACE_BYTES", 1)
+    chunked = select_blocks(q, **given, **options)
+    assert torch.equal(whole.indices, chunked.indices)
+    assert torch.equal(whole.counts, chunked.counts)
+
+
+@pytest.mark.parametrize("heads", [140, 300])
+def test_more_heads_than_a_tile(heads, form, device):
+    check((1, 4, 90, heads, 1, 16), budget=TOP_K, block_m=4, block_n=4, device=device)
+
+
+@pytest.mark.parametrize("scale", [0.9, -0.3, 0.0])
+def test_scale(scale, device):
+    q, summaries = torch.randn(1, 2, 4, 16, device=device), torch.randn(1, 25, 1, 16, device=device)
+    options = {"key_tokens": 100, "budget": TOP_P, "block_m": 1, "block_n": 4, "scale": scale}
+    got, expected = (select_blocks(q, summaries=summaries, backend=name, **options) for name in ("triton", "torch"))
+    assert torch.equal(got.indices, expected.indices)
+
+
+@pytest.mark.parametrize("budget", [TOP_K, PAIR])
+def test_lengths_on_the_device(budget, form, device):
+    """Sequences shorter than their queries, too, and one without any keys; int64 lengths, and room for more blocks."""
+    lengths = torch.tensor([150, 37, 3, 0, 96], device=device)
+    q, summaries = torch.randn(5, 4, 4, 16, device=device), torch.randn(5, 40, 1, 16, device=device)
+    options = {"mode": "per_class" if budget is PAIR else "per_head", "budget": budget, "block_m": 2, "block_n": 4}
+    given = {"summaries": summaries, "key_tokens": lengths}
+    got, expected = (select_blocks(q, backend=name, **given, **options) for name in ("triton", "torch"))
+    scoring = {name: options[name] for name in ("mode", "block_m", "block_n")}
+    scores = exact_scores(q, summaries, lengths, row_queries="all", **scoring)
+    assert_same_lists(got, expected, scores, budget if budget is PAIR else (budget,), 1e-5)
+    assert not got.counts[3].any()
+
+
+@pytest.mark.parametrize(
+    ("block_m", "block_n", "given", "form"),
+    [(1, 8, True, "few"), (1, 8, False, "full"), (3, 4, True, "few"), (3, 4, True, "full"), (16, 8, False, "few")],
+    indirect=["form"],
+)
+def test_packed(block_m, block_n, given, form, device):
+    """No row and no summary of one sequence reaches into another, and nothing is read on the host."""
+    lengths_q, lengths_k = (5, 0, 1, 8, 3), (40, 30, 70, 8, 131)
+    cu_q, cu_k = (torch.tensor([0, *x], device=device).cumsum(0).int() for x in (lengths_q, lengths_k))
+    q = torch.randn(1, sum(lengths_q), 4, 16, device=device) * 2
+    k = torch.randn(1, sum(lengths_k), 1, 16, device=device) * 2
+    options = {"budget": TopK(9), "block_m": block_m, "block_n": block_n}
+    packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    keys = {"summaries": block_summaries(k, block_n, cu_k)} if given else {"k": k}
+    got = select_blocks(q, backend="triton", **keys, **options, **packed)
+    got.validate(sum(lengths_q), sum(lengths_k), **packed)
+    rows = len(query_rows(1, sum(lengths_q), 0, block_m, **packed))
+    assert rows <= got.indices.shape[3] <= sum(lengths_q) // block_m + len(lengths_q)
+    row = 0
+    for a, b in zip(q.split(lengths_q, 1), k.split(lengths_k, 1)):
+        if a.shape[1]:
+            alone = select_blocks(a, b, backend="torch", **options)
+            own = slice(row, row + alone.indices.shape[3])
+            assert torch.equal(got.indices[:, :, :, own], alone.indices)
+            assert torch.equal(got.counts[:, :, :, own], alone.counts)
+            row = own.stop
+    assert row == rows
+    assert not got.counts[:, :, :, rows:].any()
+    expected = select_blocks(q, k, backend="torch", **options, **packed)
+    torch.testing.assert_close(
+        got.density(sum(lengths_q), sum(lengths_k), **packed),
+        expected.density(sum(lengths_q), sum(lengths_k), **packed),
+    )
+
+
+def test_any_strides(device):
+    q, summaries = torch.randn(1, 1, 4, 16, device=device), torch.randn(1, 30, 2, 16, device=device)
+    wide = torch.randn(1, 37, 3, 20, device=device)
+    wide[:, :30, :2, :16] = summaries
+    options = {"key_tokens": 120, "budget": TOP_K, "block_m": 4, "block_n": 4}
+    expected = select_blocks(q.repeat(1, 4, 1, 1), summaries=summaries, backend="torch", **options)
+    for strided in (wide[:, :30, :2, :16], summaries.mT.contiguous().mT):
+        got = select_blocks(q.expand(-1, 4, -1, -1), summaries=strided, backend="triton", **options)
+        assert torch.equal(got.indices, expected.indices)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("budget", "form"), [(TOP_K, "full"), (TOP_P, "few")], indirect=["form"])
+def test_no_number_gives_a_valid_list_and_stays_where_it_was(bad, budget, form, device):
+    q, summaries = torch.randn(1, 6, 2, 8, device=device), torch.randn(1, 40, 1, 8, device=device)
+    options = {"key_tokens": 160, "budget": budget, "block_m": 2, "block_n": 4}
+    clean = select_blocks(q, summaries=summaries, backend="torch", **options)
+    q[:, 3, 1] = bad
+    got = select_blocks(q, summaries=summaries, backend="triton", **options)
+    got.validate(6, 160)
+    for row in (0, 2):
+        assert torch.equal(got.indices[0, 0, 0, row], clean.indices[0, 0, 0, row])
+
+
+def test_same_inputs_same_bits(device):
+    q, k = torch.randn(1, 16, 4, 16, device=device), torch.randn(1, 50, 1, 16, device=device)
+    options = {"mode": "per_class", "budget": PAIR, "block_m": 8, "block_n": 4, "backend": "triton"}
+    first, second = (select_blocks(q, k, **options) for _ in range(2))
+    assert torch.equal(first.indices, second.indices)
+    assert torch.equal(first.counts, second.counts)
+
+
+@pytest.mark.parametrize("block_n", [1, 7, 20, 64, 300])
+def test_summaries_have_the_bits_of_the_tree(block_n, device):
+    for dtype in (torch.float32, torch.float16):
+        k = torch.randn(1, 2 * block_n + block_n // 2 + 2, 3, 24, device=device).to(dtype)
+        assert torch.equal(ops.triton_summaries(k.mT.contiguous().mT, block_n, None), block_summaries(k, block_n))
+        cu = torch.tensor([0, 1, 1, k.shape[1] - 1, k.shape[1]], device=device).int()
+        packed, expected = ops.triton_summaries(k, block_n, cu), block_summaries(k, block_n, cu)
+        assert torch.equal(packed[:, : expected.shape[1]], expected)
+        assert not packed[:, expected.shape[1] :].any()
+
+
+def test_operators(device):
+    q, k = torch.randn(1, 2, 2, 16, device=device), torch.randn(1, 24, 1, 16, device=device)
+    cu = torch.tensor([0, 1, 2], device=device).int(), torch.tensor([0, 9, 24], device=device).int()
+    torch.library.opcheck(ops.triton_summaries, (k, 8, cu[1]))
+    summaries, lengths = block_summaries(k, 8), torch.tensor([24], device=device)
+    sizes = 2, 8, 1, 1, False, 0.2
+    torch.library.opcheck(
+        ops._select, (q, summaries, lengths, None, None, 0, "per_class", [5, 6], [math.inf, 0.9], *sizes)
+    )
+    torch.library.opcheck(ops._select, (q, summaries, None, *cu, 0, "per_head", [5], [0.5], *sizes))
+
+
+def test_compiles_whole(device):
+    def choose(q, k):
+        selection = select_blocks(q, k, budget=TOP_P, block_m=2, block_n=4, backend="triton")
+        return selection.indices, selection.counts
+
+    q, k = torch.randn(1, 3, 2, 16, device=device), torch.randn(1, 40, 1, 16, device=device)
+    compiled = torch.compile(choose, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(choose(q, k), compiled(q, k)))
+
+
+def test_backends(monkeypatch):
+    q, k = torch.randn(1, 4, 4, 8), torch.randn(1, 60, 2, 8)
+    options = {"budget": TOP_K, "block_m": 1, "block_n": 4}
+
+    def refuse(*_, **__):
+        raise AssertionError("the kernels were called")
+
+    monkeypatch.setattr("diffv2_sparse.selectors.triton_select", refuse)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    select_blocks(q, k, **options)  # on a CPU "auto" is "torch", even where the interpreter would run the kernels
+    select_blocks(q, k, backend="torch", **options)
+    with pytest.raises(AssertionError, match="were called"):
+        select_blocks(q, k, backend="triton", **options)
+    with pytest.raises(ValueError, match="backend: expected one of auto, triton, torch, got 'cuda'"):
+        select_blocks(q, k, backend="cuda", **options)
+    with pytest.raises(ValueError, match=r'"triton": it computes in .* not in torch.float64; "torch" would do'):
+        select_blocks(q.double(), k.double(), backend="triton", **options)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match='"triton": it needs tensors on a GPU, not on cpu; "torch" would do'):
+        select_blocks(q, k, backend="triton", **options)
+
+
+BLOCKS = ((1, 64), (3, 16), (16, 64), (64, 64), (128, 128), (128, 256))
+GRID = [  # every D with every block, the others in turn
+    (D, blocks, dtype, G, mode, row_queries)
+    for (D, blocks), dtype, G, mode, row_queries in zip(
+        itertools.product((64, 96, 128, 256), BLOCKS),
+        itertools.cycle((torch.bfloat16, torch.bfloat16, torch.float16, torch.bfloat16, torch.float32)),
+        itertools.cycle((2, 8, 4, 6, 16)),
+        itertools.cycle(("pair_mean", "per_class", "per_head", "pair_mean")),
+        itertools.cycle(("all", "all", "first")),
+    )
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("D", "blocks", "dtype", "G", "mode", "row_queries"), GRID)
+def test_grid(D, blocks, dtype, G, mode, row_queries):
+    block_m, block_n = blocks
+    least = 3 + math.ceil((block_m - 1) / block_n)
+    options = {"block_m": block_m, "block_n": block_n, "mode": mode, "row_queries": row_queries}
+    for budget in (TopK(least + 12), TopP(0.7, least + 20)):
+        both = (budget, TopK(least + 3)) if mode == "per_class" else budget
+        check((2, 700, 6000, 2 * G, 2, D), dtype=dtype, device="cuda", budget=both, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [TopK(64), TopP(0.9, 64)])
+@pytest.mark.parametrize(("B", "T", "NC"), [(3, 1, 2048), (1, 1, 16384), (2, 16, 2048), (1, 5, 20000), (1, 200, 4096)])
+def test_decoding_far_into_a_sequence(B, T, NC, budget):
+    q = torch.randn(B, T, 64, 128, device="cuda").bfloat16() * 2
+    summaries = torch.randn(B, NC, 8, 128, device="cuda").bfloat16()
+    lengths = (NC * 64 + 63 - torch.arange(B, device="cuda") * 40_003).int()
+    options = {"budget": budget, "block_m": 1, "block_n": 64}
+    given = {"summaries": summaries, "key_tokens": lengths}
+    got, expected = (select_blocks(q, backend=name, **given, **options) for name in ("triton", "torch"))
+    scores = exact_scores(q, summaries, lengths, mode="pair_mean", block_m=1, block_n=64, row_queries="all")
+    assert_same_lists(got, expected, scores, (budget,), 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("block_m", "block_n"), [(128, 128), (64, 64), (1, 64)])
+@pytest.mark.parametrize("mode", ["pair_mean", "per_class"])
+def test_a_prompt(block_m, block_n, mode):
+    budget = TopK(24) if mode == "pair_mean" else (TopK(24), TopP(0.8, 24))
+    options = {"block_m": block_m, "block_n": block_n, "mode": mode, "budget": budget}
+    check((1, 8192, 8192, 64, 8, 128), dtype=torch.bfloat16, device="cuda", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_m", [1, 16, 128])
+@pytest.mark.parametrize("row_queries", ["all", "first"])
+def test_long_inputs_are_repeatable_and_chunks_do_not_matter(block_m, row_queries, monkeypatch):
+    q = torch.randn(1, 4096, 64, 128, device="cuda").bfloat16()
+    summaries = torch.randn(1, 1000, 8, 128, device="cuda").bfloat16()
+    q[0, 1000, 3] = float("nan")
+    options = {"block_m": block_m, "block_n": 64, "budget": TopP(0.9, 40), "row_queries": row_queries}
+    call = {"summaries": summaries, "key_tokens": 64_000, "backend": "triton", **options}
+    first, second = (select_blocks(q, **call) for _ in range(2))
+    first.validate(4096, 64_000)
+    monkeypatch.setattr(score, "WORKSPACE_BYTES", 20 << 20)
+    for other in (second, select_blocks(q, **call)):
+        assert torch.equal(first.indices, other.indices)
+        assert torch.equal(first.counts, other.counts)
+
+
+@pytest.mark.gpu
+def test_beyond_two_billion_elements():
+    """The last rows of a long call choose as they do alone."""
+    T = 128 * 2350  # times 64 heads of 128
+    q, k = (torch.randn(1, T, h, 128, dtype=torch.bfloat16, device="cuda") for h in (64, 8))
+    options = {"budget": TopK(32), "block_m": 128, "block_n": 128}
+    whole = select_blocks(q, k, backend="triton", **options)
+    summaries = block_summaries(k, 128)
+    alone = select_blocks(q[:, -512:], summaries=summaries, key_tokens=T, backend="torch", **options)
+    scoring = {"mode": "pair_mean", "block_m": 128, "block_n": 128, "row_queries": "all"}
+    scores = exact_scores(q[:, -512:], summaries, torch.tensor([T], device="cuda"), **scoring)
+    tail = BlockSelection(whole.indices[:, :, :, -4:].contiguous(), whole.counts[:, :, :, -4:].contiguous(), 128, 128)
+    assert_same_lists(tail, alone, scores, (TopK(32),), 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "block_m"), [(1, 1), (4, 1), (256, 16)])
+def test_in_a_graph_with_lengths_that_change(T, block_m):
+    q = torch.randn(3, T, 16, 64, device="cuda").bfloat16()
+    summaries = torch.randn(3, 500, 4, 64, device="cuda").bfloat16()
+    lengths = torch.tensor([32_000, 17, 600], dtype=torch.int32, device="cuda")
+    options = {"mode": "per_class", "budget": (TopK(20), TopP(0.5, 30)), "block_m": block_m, "block_n": 64}
+    call = {"summaries": summaries, "key_tokens": lengths, "backend": "triton", **options}
+    select_blocks(q, **call)  # compiled
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = select_blocks(q, **call)
+    for new in ([0, 5000, 31_999], [32_063, 64, 300], [64, 128, 20_000]):
+        lengths.copy_(torch.tensor(new))
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+        eager = select_blocks(q, **call)
+        assert torch.equal(captured.indices, eager.indices)
+        assert torch.equal(captured.counts, eager.counts)
+        expected = select_blocks(q, **{**call, "backend": "torch"})
+        scoring = {"mode": "per_class", "block_m": block_m, "block_n": 64, "row_queries": "all"}
+        assert_same_lists(eager, expected, exact_scores(q, summaries, lengths, **scoring), options["budget"], 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_m", [1, 16])
+def test_nothing_waits_for_the_device(block_m):
+    q, k = torch.randn(1, 300, 16, 64, device="cuda").half(), torch.randn(1, 900, 4, 64, device="cuda").half()
+    cu_q = torch.tensor([0, 100, 100, 300], dtype=torch.int32, device="cuda")
+    cu_k = torch.tensor([0, 300, 310, 900], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([890], device="cuda")
+    options = {"budget": TopK(12), "block_m": block_m, "block_n": 16}
+    calls = (
+        {"k": k},
+        {"k": k, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k},
+        {"summaries": block_summaries(k, 16), "key_tokens": lengths},
+    )
+    for call in calls:
+        select_blocks(q, **call, **options)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            select_blocks(q, **call, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_automatic_on_a_gpu(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the kernels were called")
+
+    monkeypatch.setattr("diffv2_sparse.selectors.triton_select", refuse)
+    q, k = torch.randn(1, 4, 4, 8, device="cuda"), torch.randn(1, 60, 2, 8, device="cuda")
+    options = {"budget": TOP_K, "block_m": 1, "block_n": 4}
+    with pytest.raises(AssertionError, match="were called"):
+        select_blocks(q, k, **options)
+    select_blocks(q, k, backend="torch", **options)
+    select_blocks(q.double(), k.double(), **options)
