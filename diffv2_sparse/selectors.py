@@ -93,6 +93,8 @@ def block_summaries(k: Tensor, block_n: int, cu_seqlens_k: Tensor | None = None)
     if cu_seqlens_k is not None:
         bounds = cu_seqlens_k.tolist()
         return torch.cat([block_summaries(k[:, a:b], block_n) for a, b in pairwise(bounds)], 1)
+    if k.is_cuda and not (k.requires_grad and torch.is_grad_enabled()) and obstacle(k) is None:
+        return triton_summaries(k, block_n, None)  # the same bits, faster
     blocks = k.shape[1] // block_n
     return block_mean(k[:, : blocks * block_n].unflatten(1, (blocks, block_n)), 2)
 

@@ -18,53 +18,39 @@ IN_REGISTERS = 16384  # candidates that a program keeps in registers; longer row
 
 
 @triton.jit
-def _load(at, j, low, high, stride_part, PARTS: tl.constexpr):
-    """Scores of candidates `j`, the sum of their parts, and their bits; −1 outside low … high − 1."""
+def _bits(at, j, low, high, stride_part, PARTS: tl.constexpr):
+    """Of candidates `j` the bits of their scores, each the sum of its parts; −1 outside low … high − 1."""
     inside = (j >= low) & (j < high)
     score = tl.load(at + j, mask=inside, other=0.0)
     for part in range(1, PARTS):
         score += tl.load(at + part * stride_part + j, mask=inside, other=0.0)
     score = tl.where(score > 0, score, 0.0)  # no number: as good as 0
-    return score, tl.where(inside, score.to(tl.int32, bitcast=True), -1)
+    return tl.where(inside, score.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def _sum(bits, which):
+    return tl.sum(tl.where(which, bits.to(tl.float32, bitcast=True), 0.0), 0)
 
 
 @triton.jit
 def _tally(at, bits, least, low, high, MASS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """How many free candidates have at least these bits, and (with MASS) their sum. `bits` are those of the row, if
-    WHOLE.
+    """How many free candidates have at least these bits, and (with MASS) the sum of their scores. `bits` are those of
+    the row, if WHOLE.
     """
     count = tl.full((), 0, tl.int32)
     mass = tl.full((), 0.0, tl.float32)
     if WHOLE:
         count += tl.sum((bits >= least).to(tl.int32), 0)
         if MASS:
-            mass += tl.sum(tl.where(bits >= least, bits.to(tl.float32, bitcast=True), 0.0), 0)
+            mass += _sum(bits, bits >= least)
     else:
         for start in range(low, high, BLOCK):
-            score, own = _load(at, start + tl.arange(0, BLOCK), low, high, 0, 1)
+            own = _bits(at, start + tl.arange(0, BLOCK), low, high, 0, 1)
             count += tl.sum((own >= least).to(tl.int32), 0)
             if MASS:
-                mass += tl.sum(tl.where(own >= least, score, 0.0), 0)
+                mass += _sum(own, own >= least)
     return count, mass
-
-
-@triton.jit
-def _write(list_at, j, score, bits, forced, lo, hi, kept, surplus, passed, ties, mass, wanted, NB, MASS: tl.constexpr):
-    """Lists those of candidates `j` that are kept, after `kept` others: forced ones, those from `hi` on, and those
-    from `lo` to `hi`. With `surplus` these are equal, and only `ties` of them are kept, as long as the mass before is
-    below `wanted`; `passed` of them stand before. Returns how many were listed, and how many lie between `lo` and `hi`.
-    """
-    keep = (bits >= lo) & (bits < hi)
-    between = tl.sum(keep.to(tl.int32), 0)
-    if surplus:
-        before = passed + tl.cumsum(keep.to(tl.int32), 0) - 1
-        keep = keep & (before < ties)
-        if MASS:
-            keep = keep & (mass + before.to(tl.float32) * score < wanted)
-    keep = keep | forced | (bits >= hi)
-    place = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(list_at + place, j, mask=keep & (place < NB))
-    return tl.sum(keep.to(tl.int32), 0), between
 
 
 @triton.jit(do_not_specialize=["T", "S", "NC", "NL", "NM", "first_unit", "sink", "local", "blocks_0", "blocks_1", "NB"])
@@ -116,25 +102,24 @@ def _rank_kernel(
     offs = tl.arange(0, BLOCK)
     mass = tl.full((), 0.0, tl.float32)  # of the forced candidates, later of those from `hi` on, too
     if WHOLE:
-        _score, bits = _load(at, offs, low, high, stride_line, PARTS)
+        bits = _bits(at, offs, low, high, stride_line, PARTS)
         least = tl.min(tl.where(bits < 0, 0x7FFFFFFF, bits), 0)
         most = tl.max(bits, 0)
         if MASS:
-            every, _ = _load(at, offs, 0, n, stride_line, PARTS)
-            mass += tl.sum(tl.where(bits < 0, every, 0.0), 0)
+            mass += _sum(_bits(at, offs, 0, n, stride_line, PARTS), (offs < n) & (bits < 0))
     else:
-        bits = offs  # unused
+        bits = offs  # not used
         least = tl.full((), 0x7FFFFFFF, tl.int32)
         most = tl.full((), -1, tl.int32)
         for start in range(0, n, BLOCK):
-            every, _ = _load(at, start + offs, 0, n, stride_line, PARTS)
-            free = (start + offs >= low) & (start + offs < high)
-            every_bits = every.to(tl.int32, bitcast=True)
-            least = tl.minimum(least, tl.min(tl.where(free, every_bits, 0x7FFFFFFF), 0))
-            most = tl.maximum(most, tl.max(tl.where(free, every_bits, -1), 0))
-            mass += tl.sum(tl.where(free, 0.0, every), 0)
+            j = start + offs
+            own = _bits(at, j, 0, n, stride_line, PARTS)
+            free = (j >= low) & (j < high)
+            least = tl.minimum(least, tl.min(tl.where(free, own, 0x7FFFFFFF), 0))
+            most = tl.maximum(most, tl.max(tl.where(free, own, -1), 0))
+            mass += _sum(own, (j < n) & (free == 0))
             if PARTS > 1:
-                tl.store(at + start + offs, every, mask=start + offs < n)
+                tl.store(at + j, own.to(tl.float32, bitcast=True), mask=j < n)
         if PARTS > 1:
             tl.debug_barrier()  # what one thread stored, others read
 
@@ -169,18 +154,25 @@ def _rank_kernel(
         row_out = row + tl.load(bounds.row_starts + unit.sequence)
     out = ((unit.batch * FORM.classes + i_c) * FORM.H + i_h) * NM + row_out
     list_at = indices + out * NB
-    surplus = (hi - lo == 1) & (count_lo - count_hi > 1)
+    surplus = (hi - lo == 1) & (count_lo - count_hi > 1)  # equal scores, and not all may be kept
     kept = tl.full((), 0, tl.int32)
     passed = tl.full((), 0, tl.int32)
     for start in range(0, n, STEP):
-        j = start + tl.arange(0, STEP)
-        score, own_bits = _load(at, j, low, high, stride_line, PARTS if WHOLE else 1)
-        forced = (j < n) & ((j < low) | (j >= high))
-        more, between = _write(
-            list_at, j, score, own_bits, forced, lo, hi, kept, surplus, passed, room - count_hi, mass, wanted, NB, MASS
-        )
-        kept += more
-        passed += between
+        block = start + tl.arange(0, STEP)
+        own_bits = _bits(at, block, low, high, stride_line, PARTS if WHOLE else 1)
+        keep = own_bits >= lo
+        if surplus:
+            tie = own_bits == lo
+            before = passed + tl.cumsum(tie.to(tl.int32), 0) - 1
+            passed += tl.sum(tie.to(tl.int32), 0)
+            wins = before < room - count_hi
+            if MASS:
+                wins = wins & (mass + before.to(tl.float32) * lo.to(tl.float32, bitcast=True) < wanted)
+            keep = keep & (wins | (own_bits > lo))
+        keep = keep | ((own_bits < 0) & (block < n))
+        place = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(list_at + place, block, mask=keep)
+        kept += tl.sum(keep.to(tl.int32), 0)
     listed = tl.arange(0, LISTED)
     blocks = tl.where(listed < kept + overlapped, first_own + listed - kept, 0)
     tl.store(list_at + listed, blocks, mask=(listed >= kept) & (listed < NB))

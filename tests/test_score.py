@@ -270,8 +270,9 @@ def test_no_number_gives_a_valid_list_and_stays_where_it_was(bad, budget, form, 
     q[:, 3, 1] = bad
     got = select_blocks(q, summaries=summaries, backend="triton", **options)
     got.validate(6, 160)
-    for row in (0, 2):
-        assert torch.equal(got.indices[0, 0, 0, row], clean.indices[0, 0, 0, row])
+    assert torch.equal(got.indices[0, 0, 0, ::2], clean.indices[0, 0, 0, ::2])
+    if isinstance(budget, TopK):  # no score is as good as 0, on both backends
+        assert torch.equal(got.indices, select_blocks(q, summaries=summaries, backend="torch", **options).indices)
 
 
 def test_same_inputs_same_bits(device):
@@ -284,11 +285,14 @@ def test_same_inputs_same_bits(device):
 
 @pytest.mark.parametrize("block_n", [1, 7, 20, 64, 300])
 def test_summaries_have_the_bits_of_the_tree(block_n, device):
+    """Those of plain torch on a CPU."""
     for dtype in (torch.float32, torch.float16):
-        k = torch.randn(1, 2 * block_n + block_n // 2 + 2, 3, 24, device=device).to(dtype)
-        assert torch.equal(ops.triton_summaries(k.mT.contiguous().mT, block_n, None), block_summaries(k, block_n))
-        cu = torch.tensor([0, 1, 1, k.shape[1] - 1, k.shape[1]], device=device).int()
-        packed, expected = ops.triton_summaries(k, block_n, cu), block_summaries(k, block_n, cu)
+        k = torch.randn(1, 2 * block_n + block_n // 2 + 2, 3, 24).to(dtype)
+        strided = k.to(device).mT.contiguous().mT
+        assert torch.equal(ops.triton_summaries(strided, block_n, None).cpu(), block_summaries(k, block_n))
+        cu = torch.tensor([0, 1, 1, k.shape[1] - 1, k.shape[1]]).int()
+        packed = ops.triton_summaries(k.to(device), block_n, cu.to(device)).cpu()
+        expected = block_summaries(k, block_n, cu)
         assert torch.equal(packed[:, : expected.shape[1]], expected)
         assert not packed[:, expected.shape[1] :].any()
 
@@ -399,6 +403,15 @@ def test_long_inputs_are_repeatable_and_chunks_do_not_matter(block_m, row_querie
     for other in (second, select_blocks(q, **call)):
         assert torch.equal(first.indices, other.indices)
         assert torch.equal(first.counts, other.counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_n", [3, 64, 100, 128, 256])
+def test_summaries_of_many_keys(block_n):
+    k = torch.randn(2, 5000, 8, 128).bfloat16()
+    expected = block_summaries(k, block_n)
+    assert torch.equal(block_summaries(k.cuda(), block_n).cpu(), expected)  # by the kernel
+    assert torch.equal(block_summaries(k.cuda().requires_grad_(), block_n).cpu(), expected)  # by plain torch
 
 
 @pytest.mark.gpu
