@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from diffv2_sparse import BlockSelection, TopK, TopP, select_blocks
+from diffv2_sparse import BlockSelection, TopK, TopP, diff_attention, select_blocks
 from diffv2_sparse.selection import query_rows
 from diffv2_sparse.selectors import block_summaries
 
@@ -249,6 +249,21 @@ def test_packed(block_m, block_n, given, form, device):
     )
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_empty_lists_behind_packed_rows_change_nothing(backend, device):
+    cu_q, cu_k = (torch.tensor(x, device=device).int() for x in ([0, 8, 8, 16], [0, 30, 40, 60]))
+    packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    q, k, v = (torch.randn(1, n, h, 16, device=device).requires_grad_() for n, h in ((16, 4), (60, 2), (60, 2)))
+    chosen = select_blocks(q, k, budget=TopK(5), block_m=4, block_n=4, backend="triton", **packed)
+    assert chosen.indices.shape[3] == 6
+    exact = BlockSelection(chosen.indices[:, :, :, :4].contiguous(), chosen.counts[:, :, :, :4].contiguous(), 4, 4)
+    lam_logit, results = torch.randn(1, 16, 2, device=device), []
+    for selection in (chosen, exact):
+        o = diff_attention(q, k, v, lam_logit, selection, backend=backend, **packed)
+        results.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_any_strides(device):
     q, summaries = torch.randn(1, 1, 4, 16, device=device), torch.randn(1, 30, 2, 16, device=device)
     wide = torch.randn(1, 37, 3, 20, device=device)
@@ -288,7 +303,7 @@ def test_summaries_have_the_bits_of_the_tree(block_n, device):
     """Those of plain torch on a CPU."""
     for dtype in (torch.float32, torch.float16):
         k = torch.randn(1, 2 * block_n + block_n // 2 + 2, 3, 24).to(dtype)
-        strided = k.to(device).mT.contiguous().mT
+        strided = torch.nn.functional.pad(k.to(device), (0, 4, 0, 1))[:, :, :3, :24]
         assert torch.equal(ops.triton_summaries(strided, block_n, None).cpu(), block_summaries(k, block_n))
         cu = torch.tensor([0, 1, 1, k.shape[1] - 1, k.shape[1]]).int()
         packed = ops.triton_summaries(k.to(device), block_n, cu.to(device)).cpu()
