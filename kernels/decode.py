@@ -3,8 +3,8 @@
     o[p] = softmax(q_2p kᵀ · scale) v − sigmoid(lam_logit[p]) · softmax(q_2p+1 kᵀ · scale) v
 
 One token gives a GPU too little to do, so several programs, the *splits*, share each walk over the selected pages: they
-take its key tiles in turn, each writes its own softmax and log-sum-exp, and a second kernel merges them in a fixed
-order and subtracts the pair (Flash-Decoding, Dao et al., 2023). Tokens of one row × heads of one class fill a tile;
+take its key tiles in turn, each writes its own maximum and sums, and a second kernel merges them in a fixed order and
+subtracts the pair (Flash-Decoding, Dao et al., 2023). Tokens of one row × heads of one class fill a tile;
 classes with lists of their own walk them apart, at the same time, so that pages on both lists come from the L2 cache
 the second time. Grids follow from shapes alone, while lengths, lists and the page table stay on the device: a captured
 graph stays valid while they change.
@@ -47,7 +47,8 @@ def _decode_kernel(
     indices,
     counts,
     part_o,
-    part_lse,
+    part_m,
+    part_l,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -134,29 +135,31 @@ def _decode_kernel(
         acc = product(weights.to(v_tile.dtype), v_tile, acc * decay[:, None])
         block, page = _page_of(step + splits, list_at, table_at, NB, NP, P, LISTS, BLOCK_N, KEYS)
 
-    total = tl.where(l == 0.0, 1.0, l)  # what saw nothing: 0, and lse −inf
     at = ((i_b * T + t) * (H * G) + head) * splits + i_s
-    tl.store(part_lse + at, m + tl.log2(total), mask=live)
-    tl.store(part_o + at[:, None] * D + dims[None, :], acc / total[:, None], mask=live[:, None] & in_dims)
+    tl.store(part_m + at, m, mask=live)  # −∞ and 0 where nothing was seen
+    tl.store(part_l + at, l, mask=live)
+    tl.store(part_o + at[:, None] * D + dims[None, :], acc, mask=live[:, None] & in_dims)
 
 
 @triton.jit
-def _merged(part_o, part_lse, row, dims, splits, D: tl.constexpr, SPLITS: tl.constexpr):
+def _merged(part_o, part_m, part_l, row, dims, splits, D: tl.constexpr, SPLITS: tl.constexpr):
     """The softmax of one head over all splits, `[BLOCK_D]`."""
     at = row * splits + tl.arange(0, SPLITS)
     taken = tl.arange(0, SPLITS) < splits
-    lse = tl.load(part_lse + at, mask=taken, other=float("-inf"))
+    m = tl.load(part_m + at, mask=taken, other=float("-inf"))
+    l = tl.load(part_l + at, mask=taken, other=0.0)
     o = tl.load(part_o + at[:, None] * D + dims[None, :], mask=taken[:, None] & (dims < D)[None, :], other=0.0)
-    peak = tl.max(lse, 0)
-    weights = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))
-    total = tl.sum(weights, 0)
+    peak = tl.max(m, 0)
+    weights = tl.exp2(m - tl.where(peak == float("-inf"), 0.0, peak))
+    total = tl.sum(weights * l, 0)
     return tl.sum(weights[:, None] * o, 0) / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def _merge_kernel(
     part_o,
-    part_lse,
+    part_m,
+    part_l,
     lam_logit,
     o,
     stride_lb,
@@ -182,10 +185,10 @@ def _merge_kernel(
     if OVERLAP:
         gdc_wait()  # for the partial results
     if DIFF:
-        signal = _merged(part_o, part_lse, 2 * i_o, dims, splits, D, SPLITS)
-        result = signal - lam * _merged(part_o, part_lse, 2 * i_o + 1, dims, splits, D, SPLITS)
+        signal = _merged(part_o, part_m, part_l, 2 * i_o, dims, splits, D, SPLITS)
+        result = signal - lam * _merged(part_o, part_m, part_l, 2 * i_o + 1, dims, splits, D, SPLITS)
     else:
-        result = _merged(part_o, part_lse, i_o, dims, splits, D, SPLITS)
+        result = _merged(part_o, part_m, part_l, i_o, dims, splits, D, SPLITS)
     tl.store(o + i_o * D + dims, result.to(o.dtype.element_ty), mask=dims < D)
 
 
@@ -225,7 +228,7 @@ def decode(
     programs = C * triton.cdiv(G // C, heads) * triton.cdiv(row_tokens, tokens) * NM * B * H
     splits = splits_of(programs, triton.cdiv(NB * block_n, tile.keys), processors_of(q.device))
     part_o = torch.empty(B, T, HQ, splits, D, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(B, T, HQ, splits, dtype=torch.float32, device=q.device)
+    part_m, part_l = torch.empty(2, B, T, HQ, splits, dtype=torch.float32, device=q.device)
     overlap = arch >= 90  # the second kernel starts up while the first still runs
     _decode_kernel[(programs, splits)](
         q,
@@ -236,7 +239,8 @@ def decode(
         indices,
         counts,
         part_o,
-        part_lse,
+        part_m,
+        part_l,
         *q.stride()[:3],
         *k_pages.stride()[:2],
         *v_pages.stride()[:2],
@@ -266,7 +270,8 @@ def decode(
     padded, dims, warps = merge_tile(splits, D)
     _merge_kernel[(B * T * o.shape[2], triton.cdiv(D, dims))](
         part_o,
-        part_lse,
+        part_m,
+        part_l,
         lam_logit,
         o,
         *(lam_logit.stride() if diff else (0, 0, 0)),

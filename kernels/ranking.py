@@ -3,9 +3,10 @@
     TopK: the k best free candidates.    TopP: free candidates in falling score until their mass, with that of the
     forced ones before them, reaches `mass`; at most k.
 
-Scores are not negative, so their bits order them as integers: the least score that is kept is found by bisection
-between integers, with one count (and one sum) of the row in every step. Of equal scores the first are kept. Forced
-candidates and the row's own blocks are added, and the list is written ascending. One program ranks one row.
+Scores are not negative, so their bits order them as integers: the least score that is kept is found by cutting the
+integers in two, or in more parts at once, again and again, with one count (and one sum) of the row in every step. Of
+equal scores the first are kept. Forced candidates and the row's own blocks are added, and the list is written
+ascending. One program ranks one row.
 """
 
 import triton
@@ -35,21 +36,23 @@ def _sum(bits, which):
 
 @triton.jit
 def _tally(at, bits, least, low, high, MASS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """How many free candidates have at least these bits, and (with MASS) the sum of their scores. `bits` are those of
-    the row, if WHOLE.
+    """How many free candidates have at least the bits `least` `[WAYS]`, and (with MASS) the sum of their scores. `bits`
+    are those of the row, if WHOLE.
     """
-    count = tl.full((), 0, tl.int32)
-    mass = tl.full((), 0.0, tl.float32)
+    count = least * 0
+    mass = count.to(tl.float32)
     if WHOLE:
-        count += tl.sum((bits >= least).to(tl.int32), 0)
+        above = bits[:, None] >= least[None, :]
+        count += tl.sum(above.to(tl.int32), 0)
         if MASS:
-            mass += _sum(bits, bits >= least)
+            mass += _sum(bits[:, None], above)
     else:
         for start in range(low, high, BLOCK):
             own = _bits(at, start + tl.arange(0, BLOCK), low, high, 0, 1)
-            count += tl.sum((own >= least).to(tl.int32), 0)
+            above = own[:, None] >= least[None, :]
+            count += tl.sum(above.to(tl.int32), 0)
             if MASS:
-                mass += _sum(own, own >= least)
+                mass += _sum(own[:, None], above)
     return count, mass
 
 
@@ -80,6 +83,7 @@ def _rank_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     LISTED: tl.constexpr,
+    WAYS: tl.constexpr,
 ):
     line = tl.program_id(0).to(tl.int64)  # [units, C, H, rows]
     i_h = line // FORM.rows % FORM.H
@@ -123,31 +127,34 @@ def _rank_kernel(
         if PARTS > 1:
             tl.debug_barrier()  # what one thread stored, others read
 
-    # From `hi` on all are kept, below `lo` none; what lies between is decided by halving, down to one score.
+    # From `hi` on all are kept, below `lo` none; WAYS cuts decide what lies between, down to one score.
     forced_mass = mass
     lo, hi = least, most + 1
-    count_lo, total = _tally(at, bits, least, low, high, MASS, WHOLE, BLOCK)
+    cut = tl.arange(0, WAYS) + 1
+    counts_lo, masses_lo = _tally(at, bits, lo + cut * 0, low, high, MASS, WHOLE, BLOCK)
+    count_lo = tl.max(counts_lo, 0)
     count_hi = tl.full((), 0, tl.int32)
     nothing = room <= 0
     searching = count_lo > room
     if MASS:
         nothing = nothing | (forced_mass >= wanted)
-        searching = searching | (forced_mass + total >= wanted)
+        searching = searching | (forced_mass + tl.max(masses_lo, 0) >= wanted)
         settled = tl.full((), 0, tl.int32)
     else:
         settled = room  # so many from `lo` on, and there is no need to go on
     lo = tl.where(nothing, hi, lo)
     while searching & (hi - lo > 1) & (count_lo - count_hi > 1) & (count_lo > settled):
-        middle = lo + (hi - lo) // 2
-        count, above = _tally(at, bits, middle, low, high, MASS, WHOLE, BLOCK)
+        span = hi - lo
+        least_now = lo + span // (WAYS + 1) * cut + span % (WAYS + 1) * cut // (WAYS + 1)  # [WAYS], ascending
+        count, above = _tally(at, bits, least_now, low, high, MASS, WHOLE, BLOCK)
         enough = count >= room
         if MASS:
             enough = enough | (forced_mass + above >= wanted)
-        lo = tl.where(enough, middle, lo)
-        count_lo = tl.where(enough, count, count_lo)
-        hi = tl.where(enough, hi, middle)
-        count_hi = tl.where(enough, count_hi, count)
-        mass = tl.where(enough, mass, forced_mass + above)
+        count_lo = tl.minimum(count_lo, tl.min(tl.where(enough, count, 0x7FFFFFFF), 0))
+        count_hi = tl.maximum(count_hi, tl.max(tl.where(enough, 0, count), 0))
+        mass = tl.maximum(mass, forced_mass + tl.max(tl.where(enough, 0.0, above), 0))
+        hi = tl.minimum(hi, tl.min(tl.where(enough, 0x7FFFFFFF, least_now), 0))
+        lo = tl.maximum(lo, tl.max(tl.where(enough, least_now, -1), 0))
 
     row_out = row
     if bounds.row_starts is not None:
@@ -179,14 +186,14 @@ def _rank_kernel(
     tl.store(counts + out, tl.minimum(kept + overlapped, NB))
 
 
-def workers(block: int, rows: int) -> tuple[int, int]:
-    """Warps of a program, and how many candidates it writes at a time: with few rows each is finished as soon as can
-    be, with many registers are spared.
+def workers(block: int, rows: int) -> tuple[int, int, int]:
+    """Warps of a program, how many candidates it writes at a time, and in how many places it cuts at once: with few
+    rows each is finished as soon as can be, with many work is spared.
     """
     if rows <= 1024:
-        return min(16, max(1, block // 512)), block
+        return min(16, max(1, block // 512)), block, 4
     warps = min(16, max(1, block // 1024))
-    return warps, min(block, 256 * warps)
+    return warps, min(block, 256 * warps), 1
 
 
 def rank(
@@ -213,7 +220,7 @@ def rank(
     NB = indices.shape[-1]
     rows = scores[..., 0, 0].numel()
     block = min(IN_REGISTERS, max(16, triton.next_power_of_2(choice.NC)))
-    warps, step = workers(block, rows)
+    warps, step, ways = workers(block, rows)
     _rank_kernel[(rows,)](
         scores,
         indices,
@@ -238,5 +245,6 @@ def rank(
         BLOCK=block,
         STEP=step,
         LISTED=triton.next_power_of_2(NB),
+        WAYS=ways,
         num_warps=warps,
     )

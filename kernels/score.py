@@ -16,7 +16,7 @@ from torch import Tensor
 from .candidates import Bounds, Choice, Form, candidates_of, reach, unit_of
 from .primitives import LOG2E, product, softmax_step
 from .ranking import rank
-from .tiles import Tile, arch_of, tile_sizes
+from .tiles import Tile, arch_of, processors_of, tile_sizes
 
 WORKSPACE_BYTES = 256 << 20
 FEW_TILES = 48  # of full tiles; fewer are cut along the candidates, too
@@ -169,11 +169,12 @@ def _logits_kernel(
     chunk,
     scale_log2,
     FORM: tl.constexpr,
+    STEPS: tl.constexpr,
     KEYS: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """One program: one tile of vectors against KEYS candidates, one of NP pieces. Keeps the logits in base 2, scaled,
-    and of each vector their maximum and the sum of exp2(logit − maximum).
+    """One program: one tile of vectors against STEPS · KEYS candidates, one of NP pieces. Keeps the logits in base 2,
+    scaled, and of each vector their maximum and the sum of exp2(logit − maximum).
     """
     pid = tl.program_id(0).to(tl.int64)
     piece = (pid % NP).to(tl.int32)
@@ -183,19 +184,26 @@ def _logits_kernel(
     i_c = tile // FORM.parts // FORM.H % FORM.classes
     unit = unit_of(first_unit + tile // FORM.parts // FORM.H // FORM.classes, bounds, T, S, NL)
     _n_all, n_any = reach(unit, NC, FORM)
-    if piece * KEYS >= n_any:
+    first = piece * STEPS * KEYS
+    if first >= n_any:
         return
     dims = tl.arange(0, DP)
-    key = piece * KEYS + tl.arange(0, KEYS)
     s_at = _first_summary(summaries, unit, i_h, bounds, stride_sb, stride_sn, stride_sh)
-    s_tile = _summaries(s_at, stride_sn, key, n_any, dims, FORM)
     q_tile, row, live = _queries(q, unit, part, i_h, i_c, stride_qb, stride_qt, stride_qh, dims, FORM)
-    seen = live[None, :] & (key[:, None] < candidates_of(row, unit, NC, FORM)[None, :])
-    x = tl.where(seen, product(s_tile, tl.trans(q_tile)) * scale_log2, float("-inf"))  # [KEYS, vectors]
-    peak = tl.max(x, 0)
-    total = tl.sum(tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak)[None, :]), 0)
+    n = candidates_of(row, unit, NC, FORM)
     line = tile * FORM.vectors + tl.arange(0, FORM.vectors)
-    tl.store(logits + line[None, :] * stride_line + key[:, None], x, mask=seen)
+    peak = tl.full([FORM.vectors], float("-inf"), tl.float32)
+    total = tl.zeros([FORM.vectors], tl.float32)
+    for i in range(0, tl.minimum(tl.cdiv(n_any - first, KEYS), STEPS)):
+        key = first + i * KEYS + tl.arange(0, KEYS)
+        s_tile = _summaries(s_at, stride_sn, key, n_any, dims, FORM)
+        seen = live[None, :] & (key[:, None] < n[None, :])
+        x = tl.where(seen, product(s_tile, tl.trans(q_tile)) * scale_log2, float("-inf"))  # [KEYS, vectors]
+        tl.store(logits + line[None, :] * stride_line + key[:, None], x, mask=seen)
+        peak_now = tl.maximum(peak, tl.max(x, 0))
+        shift = tl.where(peak_now == float("-inf"), 0.0, peak_now)
+        total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(x - shift[None, :]), 0)
+        peak = peak_now
     tl.store(peaks + line * NP + piece, peak, mask=live)
     tl.store(sums + line * NP + piece, total, mask=live)
 
@@ -216,7 +224,7 @@ def _mean_kernel(
     first_unit,
     lines,
     FORM: tl.constexpr,
-    KEYS: tl.constexpr,
+    PIECE: tl.constexpr,
     WIDTH: tl.constexpr,
     PIECES: tl.constexpr,
 ):
@@ -229,7 +237,7 @@ def _mean_kernel(
     _n_all, n_any = reach(unit, NC, FORM)
     if tl.min(key, 0) >= n_any:
         return
-    pieces = tl.cdiv(n_any, KEYS)
+    pieces = tl.cdiv(n_any, PIECE)
     weights = tl.zeros([WIDTH, VECTORS], tl.float32)
     for part in range(0, FORM.parts):
         row, _t, _head, live = _vectors(unit, part, FORM)
@@ -338,7 +346,10 @@ def _fill_few(scores, q, summaries, choice, form: Form, bounds: Bounds, units, f
     tile = tile_sizes(form.D, q.dtype, arch, "logits")
     chunk, line = scores.shape[0], scores.shape[-1]
     tiles = chunk * form.classes * form.H * form.parts
-    pieces = triton.cdiv(choice.NC, tile.keys)
+    # a program for each tile of candidates, or for a few, one after another, where there are enough
+    enough = tiles * triton.cdiv(choice.NC, tile.keys) // (2 * processors_of(q.device))
+    steps = min(8, triton.next_power_of_2(enough + 1) // 2) or 1
+    pieces = triton.cdiv(choice.NC, steps * tile.keys)
     logits = scores.new_empty(tiles, form.vectors, line)
     peaks, sums = scores.new_empty(2, tiles, form.vectors, pieces)
     sizes = choice.T, choice.S, choice.NC, units, pieces, first_unit
@@ -356,6 +367,7 @@ def _fill_few(scores, q, summaries, choice, form: Form, bounds: Bounds, units, f
         chunk,
         scale_log2,
         FORM=form,
+        STEPS=steps,
         KEYS=tile.keys,
         DP=max(16, triton.next_power_of_2(form.D)),
         num_warps=tile.warps,
@@ -373,7 +385,7 @@ def _fill_few(scores, q, summaries, choice, form: Form, bounds: Bounds, units, f
         *sizes,
         lines,
         FORM=form,
-        KEYS=tile.keys,
+        PIECE=steps * tile.keys,
         WIDTH=width,
         PIECES=max(1, min(triton.next_power_of_2(pieces), 4096 // form.vectors)),
         num_warps=4,

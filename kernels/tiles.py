@@ -51,8 +51,8 @@ _HOPPER = {
     "dq_pointers_union": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
     "dkv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
     "decode": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
-    "score": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-    "logits": (Tile(128, 128, 4, 1), Tile(128, 128, 4, 1), Tile(128, 64, 4, 1)),
+    "score": (Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
+    "logits": (Tile(128, 128, 4, 3), Tile(128, 128, 4, 3), Tile(128, 64, 4, 2)),
 }
 _AMPERE = {
     "forward_pointers": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
@@ -123,7 +123,7 @@ def splits_of(programs: int, steps: int, processors: int) -> int:
 def merge_tile(splits: int, head_dim: int) -> tuple[int, int, int]:
     """Of a program that merges splits: their number as a power of two, dimensions, warps."""
     splits = triton.next_power_of_2(splits)
-    return splits, max(16, min(triton.next_power_of_2(head_dim), 64, 4096 // splits)), 4
+    return splits, max(16, min(triton.next_power_of_2(head_dim), 32, 4096 // splits)), 4
 
 
 def processors_of(device: torch.device) -> int:
