@@ -18,6 +18,7 @@ from .domain import Domain
 from .key_gradients import key_gradients
 from .primitives import padded, strides_of
 from .query_gradient import query_gradient
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -88,7 +89,7 @@ def backward(
     dlam = torch.empty(B, T, HO, dtype=lam_logit.dtype, device=q.device) if diff else None
     DP = padded(D)
     rows = max(1, 4096 // DP)
-    _delta_kernel[(triton.cdiv(B * T * HO, rows),)](
+    _delta_kernel[(cdiv(B * T * HO, rows),)](
         do,
         o,
         o_noise if diff else None,

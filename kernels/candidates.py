@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .domain import Domain
 from .primitives import sequence_of
+from .tiles import cdiv, next_power_of_2
 
 
 class Bounds(NamedTuple):
@@ -111,17 +112,16 @@ class Choice:
 
     def form(self, most_vectors: int, most_bytes: int) -> Form:
         """Fills tiles of up to `most_vectors`, with no more rows than have their scores in `most_bytes`."""
-        power = triton.next_power_of_2
         classes = 2 if self.mode == "per_class" else 1
         heads = self.G if self.mode == "per_head" else self.G // 2
         tokens = 1 if self.first_only else min(self.block_m, self.T)
-        typical = triton.cdiv(self.T, self.sequences)  # tokens of a sequence
-        tile_heads = min(power(heads), most_vectors)
-        tile_tokens = min(power(min(tokens, typical)), most_vectors // tile_heads)
-        parts = triton.cdiv(heads, tile_heads) * triton.cdiv(tokens, tile_tokens)
+        typical = cdiv(self.T, self.sequences)  # tokens of a sequence
+        tile_heads = min(next_power_of_2(heads), most_vectors)
+        tile_tokens = min(next_power_of_2(min(tokens, typical)), most_vectors // tile_heads)
+        parts = cdiv(heads, tile_heads) * cdiv(tokens, tile_tokens)
         rows = 1
         if parts == 1:
-            rows = min(most_vectors // (tile_heads * tile_tokens), power(triton.cdiv(typical, self.block_m)))
+            rows = min(most_vectors // (tile_heads * tile_tokens), next_power_of_2(cdiv(typical, self.block_m)))
             while rows > 1 and 4 * rows * classes * self.H * self.NC > most_bytes:
                 rows //= 2
         return Form(

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .primitives import LOG2E, product, softmax_step
-from .tiles import arch_of, decode_tile, merge_tile, processors_of, splits_of
+from .tiles import arch_of, cdiv, decode_tile, merge_tile, next_power_of_2, processors_of, splits_of
 
 
 @triton.jit
@@ -225,8 +225,8 @@ def decode(
     diff = lam_logit is not None
     arch = arch_of(q.device)
     tile, heads, tokens = decode_tile(row_tokens, G // C, D, q.dtype, arch)
-    programs = C * triton.cdiv(G // C, heads) * triton.cdiv(row_tokens, tokens) * NM * B * H
-    splits = splits_of(programs, triton.cdiv(NB * block_n, tile.keys), processors_of(q.device))
+    programs = C * cdiv(G // C, heads) * cdiv(row_tokens, tokens) * NM * B * H
+    splits = splits_of(programs, cdiv(NB * block_n, tile.keys), processors_of(q.device))
     part_o = torch.empty(B, T, HQ, splits, D, dtype=torch.float32, device=q.device)
     part_m, part_l = torch.empty(2, B, T, HQ, splits, dtype=torch.float32, device=q.device)
     overlap = arch >= 90  # the second kernel starts up while the first still runs
@@ -261,14 +261,14 @@ def decode(
         TOKENS=tokens,
         HEADS=heads,
         KEYS=tile.keys,
-        DP=max(16, triton.next_power_of_2(D)),
+        DP=max(16, next_power_of_2(D)),
         OVERLAP=overlap,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     o = torch.empty(B, T, HQ // 2 if diff else HQ, D, dtype=q.dtype, device=q.device)
     padded, dims, warps = merge_tile(splits, D)
-    _merge_kernel[(B * T * o.shape[2], triton.cdiv(D, dims))](
+    _merge_kernel[(B * T * o.shape[2], cdiv(D, dims))](
         part_o,
         part_m,
         part_l,

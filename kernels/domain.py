@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import describable, sequence_of
+from .tiles import cdiv, next_power_of_2
 
 NOTHING = tl.constexpr(2**31 - 1)  # sorts after every block
 
@@ -55,7 +56,7 @@ class Domain:
         """Runs of `tokens` queries (or keys), cut per sequence: how many at most, and the (sequence, number) of each"""
         total = self.S if keys else self.T
         if not self.packed:
-            return triton.cdiv(total, tokens), None
+            return cdiv(total, tokens), None
         bounds = self.cu_k if keys else self.cu_q
         most = total // tokens + bounds.shape[0] - 1
         starts = _starts(bounds, tokens)
@@ -101,7 +102,7 @@ class Lists:
 
     @property
     def tiles(self) -> int:
-        return triton.cdiv(self.span, self.tokens)
+        return cdiv(self.span, self.tokens)
 
     @cached_property
     def cut(self) -> tuple[int, Tensor | None]:
@@ -142,8 +143,8 @@ class Lists:
         B, _, H, NM, NB = domain.indices.shape
         C = self.classes
         H *= domain.classes // C
-        NE = max(1, min(self.rows * C * NB, triton.cdiv(domain.S, domain.block_n)))
-        wide = triton.next_power_of_2(self.rows * C * NB)
+        NE = max(1, min(self.rows * C * NB, cdiv(domain.S, domain.block_n)))
+        wide = next_power_of_2(self.rows * C * NB)
         entries = domain.indices.new_empty(B, H, NL, NE)
         bits = torch.empty_like(entries) if self.members else None
         lengths = domain.indices.new_empty(B, H, NL, 2)
@@ -169,7 +170,7 @@ class Lists:
             ROWS=self.rows,
             BLOCK_M=domain.block_m,
             BLOCK_N=domain.block_n,
-            WHOLE=triton.next_power_of_2(domain.block_n) == domain.block_n,
+            WHOLE=next_power_of_2(domain.block_n) == domain.block_n,
             PACKED=domain.packed,
             WINDOWED=domain.window is not None,
             MEMBERS=self.members,

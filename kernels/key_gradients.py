@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .domain import Domain
 from .primitives import LOG2E, load_lse, padded, product, sequence_of, strides_of, visible
-from .tiles import arch_of, tile_sizes
+from .tiles import arch_of, cdiv, next_power_of_2, tile_sizes
 
 
 @triton.jit
@@ -228,12 +228,12 @@ def key_gradients(
     G = HQ // (2 if diff else 1) // H
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     tile = tile_sizes(D, q.dtype, arch_of(q.device), "dkv")
-    keys = min(tile.keys, max(16, triton.next_power_of_2(domain.block_n)))
-    sub = triton.cdiv(domain.block_n, keys)
+    keys = min(tile.keys, max(16, next_power_of_2(domain.block_n)))
+    sub = cdiv(domain.block_n, keys)
     block_n = domain.block_n
     if transposed is None:
         block_n, sub = keys, 1
-    heads = min(triton.next_power_of_2(G), tile.rows)
+    heads = min(next_power_of_2(G), tile.rows)
     tokens = tile.rows // heads
     NN, table = domain.pieces(block_n, keys=True)
     offsets, rows = transposed or (None, None)
@@ -280,7 +280,7 @@ def key_gradients(
             GATHER=max(1, tokens // domain.block_m),
             TOKENS=tokens,
             HEADS=heads,
-            CHUNKS=triton.cdiv(G, heads),
+            CHUNKS=cdiv(G, heads),
             KEYS=keys,
             DP=padded(D),
             num_warps=tile.warps,

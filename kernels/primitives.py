@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .tiles import next_power_of_2
+
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -29,7 +31,7 @@ def strides_of(x: Tensor | None) -> Strides:
 
 def padded(head_dim: int) -> int:
     """The head size of a tile: a power of two that the tensor cores take."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def describable(arch: int, *tensors: Tensor) -> bool:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .candidates import Bounds, Choice, Form, candidates_of, unit_of
+from .tiles import next_power_of_2
 
 IN_REGISTERS = 16384  # candidates that a program keeps in registers; longer rows are read again in every step
 
@@ -219,7 +220,7 @@ def rank(
     """
     NB = indices.shape[-1]
     rows = scores[..., 0, 0].numel()
-    block = min(IN_REGISTERS, max(16, triton.next_power_of_2(choice.NC)))
+    block = min(IN_REGISTERS, max(16, next_power_of_2(choice.NC)))
     warps, step, ways = workers(block, rows)
     _rank_kernel[(rows,)](
         scores,
@@ -244,7 +245,7 @@ def rank(
         WHOLE=block >= choice.NC,
         BLOCK=block,
         STEP=step,
-        LISTED=triton.next_power_of_2(NB),
+        LISTED=next_power_of_2(NB),
         WAYS=ways,
         num_warps=warps,
     )

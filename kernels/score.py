@@ -16,7 +16,7 @@ from torch import Tensor
 from .candidates import Bounds, Choice, Form, candidates_of, reach, unit_of
 from .primitives import LOG2E, product, softmax_step
 from .ranking import rank
-from .tiles import Tile, arch_of, processors_of, tile_sizes
+from .tiles import Tile, arch_of, cdiv, next_power_of_2, processors_of, tile_sizes
 
 WORKSPACE_BYTES = 256 << 20
 FEW_TILES = 48  # of full tiles; fewer are cut along the candidates, too
@@ -176,6 +176,7 @@ def _logits_kernel(
     """One program: one tile of vectors against STEPS · KEYS candidates, one of NP pieces. Keeps the logits in base 2,
     scaled, and of each vector their maximum and the sum of exp2(logit − maximum).
     """
+    VECTORS: tl.constexpr = FORM.vectors
     pid = tl.program_id(0).to(tl.int64)
     piece = (pid % NP).to(tl.int32)
     tile = pid // NP  # [chunk, C, H, parts]
@@ -191,9 +192,9 @@ def _logits_kernel(
     s_at = _first_summary(summaries, unit, i_h, bounds, stride_sb, stride_sn, stride_sh)
     q_tile, row, live = _queries(q, unit, part, i_h, i_c, stride_qb, stride_qt, stride_qh, dims, FORM)
     n = candidates_of(row, unit, NC, FORM)
-    line = tile * FORM.vectors + tl.arange(0, FORM.vectors)
-    peak = tl.full([FORM.vectors], float("-inf"), tl.float32)
-    total = tl.zeros([FORM.vectors], tl.float32)
+    line = tile * VECTORS + tl.arange(0, VECTORS)
+    peak = tl.full([VECTORS], float("-inf"), tl.float32)
+    total = tl.zeros([VECTORS], tl.float32)
     for i in range(0, tl.minimum(tl.cdiv(n_any - first, KEYS), STEPS)):
         key = first + i * KEYS + tl.arange(0, KEYS)
         s_tile = _summaries(s_at, stride_sn, key, n_any, dims, FORM)
@@ -299,7 +300,7 @@ def select(
     counts = make(shape[:-1], dtype=torch.int32, device=q.device)
 
     few = is_few(form, tile, choice.B * units)
-    line = triton.cdiv(max(choice.NC, 1), 16) * 16  # so that lines are aligned
+    line = cdiv(max(choice.NC, 1), 16) * 16  # so that lines are aligned
     lines = form.classes * choice.H * form.rows
     kept = form.classes * choice.H * form.parts * form.vectors if few else lines * (form.parts - 1)
     chunk = max(1, WORKSPACE_BYTES // (4 * line * (lines + kept)))
@@ -335,7 +336,7 @@ def _fill(scores, q, summaries, choice, form: Form, bounds: Bounds, units, first
         scale_log2,
         FORM=form,
         KEYS=tile.keys,
-        DP=max(16, triton.next_power_of_2(form.D)),
+        DP=max(16, next_power_of_2(form.D)),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -347,11 +348,11 @@ def _fill_few(scores, q, summaries, choice, form: Form, bounds: Bounds, units, f
     chunk, line = scores.shape[0], scores.shape[-1]
     tiles = chunk * form.classes * form.H * form.parts
     # a program for each tile of candidates, or for a few, one after another, where there are enough
-    enough = tiles * triton.cdiv(choice.NC, tile.keys) // (2 * processors_of(q.device))
-    steps = min(8, triton.next_power_of_2(enough + 1) // 2) or 1
-    pieces = triton.cdiv(choice.NC, steps * tile.keys)
+    enough = tiles * cdiv(choice.NC, tile.keys) // (2 * processors_of(q.device))
+    steps = min(8, next_power_of_2(enough + 1) // 2) or 1
+    pieces = cdiv(choice.NC, steps * tile.keys)
     logits = scores.new_empty(tiles, form.vectors, line)
-    peaks, sums = scores.new_empty(2, tiles, form.vectors, pieces)
+    peaks, sums = (scores.new_empty(tiles, form.vectors, pieces) for _ in range(2))
     sizes = choice.T, choice.S, choice.NC, units, pieces, first_unit
     _logits_kernel[(tiles * pieces,)](
         q,
@@ -369,13 +370,13 @@ def _fill_few(scores, q, summaries, choice, form: Form, bounds: Bounds, units, f
         FORM=form,
         STEPS=steps,
         KEYS=tile.keys,
-        DP=max(16, triton.next_power_of_2(form.D)),
+        DP=max(16, next_power_of_2(form.D)),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     lines = tiles // form.parts
     width = max(16, 8192 // form.vectors)
-    _mean_kernel[(lines * triton.cdiv(choice.NC, width),)](
+    _mean_kernel[(lines * cdiv(choice.NC, width),)](
         logits,
         peaks,
         sums,
@@ -387,6 +388,6 @@ def _fill_few(scores, q, summaries, choice, form: Form, bounds: Bounds, units, f
         FORM=form,
         PIECE=steps * tile.keys,
         WIDTH=width,
-        PIECES=max(1, min(triton.next_power_of_2(pieces), 4096 // form.vectors)),
+        PIECES=max(1, min(next_power_of_2(pieces), 4096 // form.vectors)),
         num_warps=4,
     )

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import cdiv, next_power_of_2
+
 MOST = 256  # keys of a block in one unrolled tree; longer blocks are folded before
 
 
@@ -95,8 +97,8 @@ def summaries(k: Tensor, block_n: int, cu_k: Tensor | None) -> Tensor:
     sizes = [rows]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2 + sizes[-1] % 2)
-    width = min(256, triton.next_power_of_2(H * D))
-    _tree_kernel[(B * NC, triton.cdiv(H * D, width))](
+    width = min(256, next_power_of_2(H * D))
+    _tree_kernel[(B * NC, cdiv(H * D, width))](
         x,
         out,
         firsts,

@@ -7,11 +7,18 @@ share a list of key blocks; a key tile is at most one key block.
 from typing import NamedTuple
 
 import torch
-import triton
 
 RESIDENT = 3  # decode programs that a multiprocessor runs at once
 MOST_SPLITS = 128  # of the keys, in decoding
 MOST_ROWS = 16  # of a selection in one list: their bits, for two classes, fit an int32
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 class Tile(NamedTuple):
@@ -84,20 +91,20 @@ def query_tile(
     of their lists.
     """
     tile, union = (tile_sizes(head_dim, dtype, arch, p) for p in (phase, phase + "_union"))
-    heads = min(triton.next_power_of_2(group), tile.rows)
-    tokens = min(tile.rows // heads, triton.next_power_of_2(block_m))
+    heads = min(next_power_of_2(group), tile.rows)
+    tokens = min(tile.rows // heads, next_power_of_2(block_m))
     rows = 1
     if tokens * heads < union.rows:
         tile = union
         heads = min(heads, tile.rows)
         rows = max(1, min(tile.rows // heads // block_m, MOST_ROWS))
-        tokens = triton.next_power_of_2(rows * block_m)
-    return tile, Packing(heads, max(tokens, 16 // heads), triton.cdiv(group, heads), rows)
+        tokens = next_power_of_2(rows * block_m)
+    return tile, Packing(heads, max(tokens, 16 // heads), cdiv(group, heads), rows)
 
 
 def fills_a_tile(phase: str, group: int, block_m: int, head_dim: int, dtype: torch.dtype, arch: int) -> bool:
     """Whether one row of a selection has enough tokens × heads to walk its list alone."""
-    return block_m * triton.next_power_of_2(group) >= tile_sizes(head_dim, dtype, arch, phase + "_union").rows
+    return block_m * next_power_of_2(group) >= tile_sizes(head_dim, dtype, arch, phase + "_union").rows
 
 
 def decode_tile(row_tokens: int, heads: int, head_dim: int, dtype: torch.dtype, arch: int) -> tuple[Tile, int, int]:
@@ -108,8 +115,8 @@ def decode_tile(row_tokens: int, heads: int, head_dim: int, dtype: torch.dtype, 
         heads: of one group and class.
     """
     most = tile_sizes(head_dim, dtype, arch, "decode")
-    heads = min(triton.next_power_of_2(heads), most.rows)
-    tokens = max(min(triton.next_power_of_2(row_tokens), most.rows // heads), 16 // heads)
+    heads = min(next_power_of_2(heads), most.rows)
+    tokens = max(min(next_power_of_2(row_tokens), most.rows // heads), 16 // heads)
     rows = tokens * heads
     return Tile(rows, most.keys, most.warps if rows == most.rows else 4, most.stages), heads, tokens
 
@@ -117,13 +124,13 @@ def decode_tile(row_tokens: int, heads: int, head_dim: int, dtype: torch.dtype, 
 def splits_of(programs: int, steps: int, processors: int) -> int:
     """How many programs share a walk of at most `steps` key tiles, where `programs` walks are to fill the GPU."""
     splits = max(1, min(RESIDENT * processors // programs, steps, MOST_SPLITS))
-    return triton.cdiv(steps, triton.cdiv(steps, splits))
+    return cdiv(steps, cdiv(steps, splits))
 
 
 def merge_tile(splits: int, head_dim: int) -> tuple[int, int, int]:
     """Of a program that merges splits: their number as a power of two, dimensions, warps."""
-    splits = triton.next_power_of_2(splits)
-    return splits, max(16, min(triton.next_power_of_2(head_dim), 32, 4096 // splits)), 4
+    splits = next_power_of_2(splits)
+    return splits, max(16, min(next_power_of_2(head_dim), 32, 4096 // splits)), 4
 
 
 def processors_of(device: torch.device) -> int:
@@ -142,5 +149,5 @@ def key_tile(most: int, block_n: int) -> tuple[int, int, int]:
     """Keys of a tile, how many tiles walk one key block, and how many key blocks share one tile."""
     if block_n < most and most % block_n == 0:
         return most, 1, most // block_n
-    keys = max(16, min(most, triton.next_power_of_2(block_n)))
-    return keys, triton.cdiv(block_n, keys), 1
+    keys = max(16, min(most, next_power_of_2(block_n)))
+    return keys, cdiv(block_n, keys), 1
