@@ -223,6 +223,7 @@ class XFormersDecode:
         return subtract(o.view(B, 1, H * G, D), lam_logit)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        operator = self._fmha.triton_splitk.FwOp
-        attend = self._fmha.memory_efficient_attention_forward_requires_grad  # the one that takes this operator as is
-        return attend(q, k, v, attn_bias=self._bias, op=operator)[0]
+        # the operator itself: the public function refuses all where the package's C library does not load, which this
+        # operator has no need of
+        inputs = self._fmha.Inputs(query=q, key=k, value=v, attn_bias=self._bias)
+        return self._fmha.triton_splitk.FwOp.apply(inputs, needs_gradient=False)[0]
