@@ -20,6 +20,7 @@ from .tiles import Tile, arch_of, cdiv, next_power_of_2, processors_of, tile_siz
 
 WORKSPACE_BYTES = 256 << 20
 FEW_TILES = 48  # of full tiles; fewer are cut along the candidates, too
+MANY_PIECES = 256  # keep a GPU busy
 
 
 @triton.jit
@@ -171,10 +172,11 @@ def _logits_kernel(
     FORM: tl.constexpr,
     STEPS: tl.constexpr,
     KEYS: tl.constexpr,
+    SPAN: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """One program: one tile of vectors against STEPS · KEYS candidates, one of NP pieces. Keeps the logits in base 2,
-    scaled, and of each vector their maximum and the sum of exp2(logit − maximum).
+    """One program: one tile of vectors against one of NP pieces of the candidates, SPAN tiles of KEYS. Keeps the logits
+    in base 2, scaled, and of each vector their maximum and the sum of exp2(logit − maximum).
     """
     VECTORS: tl.constexpr = FORM.vectors
     pid = tl.program_id(0).to(tl.int64)
@@ -185,28 +187,27 @@ def _logits_kernel(
     i_c = tile // FORM.parts // FORM.H % FORM.classes
     unit = unit_of(first_unit + tile // FORM.parts // FORM.H // FORM.classes, bounds, T, S, NL)
     _n_all, n_any = reach(unit, NC, FORM)
-    first = piece * STEPS * KEYS
-    if first >= n_any:
+    if piece * SPAN * KEYS >= n_any:
         return
     dims = tl.arange(0, DP)
     s_at = _first_summary(summaries, unit, i_h, bounds, stride_sb, stride_sn, stride_sh)
     q_tile, row, live = _queries(q, unit, part, i_h, i_c, stride_qb, stride_qt, stride_qh, dims, FORM)
     n = candidates_of(row, unit, NC, FORM)
     line = tile * VECTORS + tl.arange(0, VECTORS)
-    peak = tl.full([VECTORS], float("-inf"), tl.float32)
-    total = tl.zeros([VECTORS], tl.float32)
-    for i in range(0, tl.minimum(tl.cdiv(n_any - first, KEYS), STEPS)):
-        key = first + i * KEYS + tl.arange(0, KEYS)
+    m = tl.full([VECTORS], float("-inf"), tl.float32)
+    l = tl.zeros([VECTORS], tl.float32)
+    for j in range(piece * SPAN, tl.minimum(piece * SPAN + SPAN, tl.cdiv(n_any, KEYS))):
+        key = j * KEYS + tl.arange(0, KEYS)
         s_tile = _summaries(s_at, stride_sn, key, n_any, dims, FORM)
         seen = live[None, :] & (key[:, None] < n[None, :])
         x = tl.where(seen, product(s_tile, tl.trans(q_tile)) * scale_log2, float("-inf"))  # [KEYS, vectors]
         tl.store(logits + line[None, :] * stride_line + key[:, None], x, mask=seen)
-        peak_now = tl.maximum(peak, tl.max(x, 0))
-        shift = tl.where(peak_now == float("-inf"), 0.0, peak_now)
-        total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(x - shift[None, :]), 0)
-        peak = peak_now
-    tl.store(peaks + line * NP + piece, peak, mask=live)
-    tl.store(sums + line * NP + piece, total, mask=live)
+        peak = tl.maximum(m, tl.max(x, 0))
+        shift = tl.where(peak == float("-inf"), 0.0, peak)
+        l = l * tl.exp2(m - shift) + tl.sum(tl.exp2(x - shift[None, :]), 0)
+        m = peak
+    tl.store(peaks + line * NP + piece, m, mask=live)
+    tl.store(sums + line * NP + piece, l, mask=live)
 
 
 @triton.jit(do_not_specialize=["T", "S", "NC", "NL", "NP", "first_unit", "lines"])
@@ -229,7 +230,9 @@ def _mean_kernel(
     WIDTH: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """One program: WIDTH candidates of one unit, class and group, from the logits of all its parts."""
+    """One program: WIDTH candidates of one unit, class and group, from the logits of all its parts. PIECES of PIECE
+    candidates are looked at together.
+    """
     VECTORS: tl.constexpr = FORM.vectors
     pid = tl.program_id(0).to(tl.int64)
     line = pid % lines  # [chunk, C, H]
@@ -347,10 +350,11 @@ def _fill_few(scores, q, summaries, choice, form: Form, bounds: Bounds, units, f
     tile = tile_sizes(form.D, q.dtype, arch, "logits")
     chunk, line = scores.shape[0], scores.shape[-1]
     tiles = chunk * form.classes * form.H * form.parts
-    # a program for each tile of candidates, or for a few, one after another, where there are enough
-    enough = tiles * cdiv(choice.NC, tile.keys) // (2 * processors_of(q.device))
-    steps = min(8, next_power_of_2(enough + 1) // 2) or 1
-    pieces = cdiv(choice.NC, steps * tile.keys)
+    # pieces as long as they can be, while there are enough of them
+    span = 1
+    while span < 8 and tiles * triton.cdiv(choice.NC, 2 * span * tile.keys) >= MANY_PIECES:
+        span *= 2
+    pieces = triton.cdiv(choice.NC, span * tile.keys)
     logits = scores.new_empty(tiles, form.vectors, line)
     peaks, sums = (scores.new_empty(tiles, form.vectors, pieces) for _ in range(2))
     sizes = choice.T, choice.S, choice.NC, units, pieces, first_unit
@@ -370,13 +374,16 @@ def _fill_few(scores, q, summaries, choice, form: Form, bounds: Bounds, units, f
         FORM=form,
         STEPS=steps,
         KEYS=tile.keys,
-        DP=max(16, next_power_of_2(form.D)),
+        SPAN=span,
+        DP=max(16, triton.next_power_of_2(form.D)),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     lines = tiles // form.parts
     width = max(16, 8192 // form.vectors)
-    _mean_kernel[(lines * cdiv(choice.NC, width),)](
+    while width > 64 and 2 * lines * triton.cdiv(choice.NC, width) < MANY_PIECES:
+        width //= 2
+    _mean_kernel[(lines * triton.cdiv(choice.NC, width),)](
         logits,
         peaks,
         sums,
@@ -386,7 +393,7 @@ def _fill_few(scores, q, summaries, choice, form: Form, bounds: Bounds, units, f
         *sizes,
         lines,
         FORM=form,
-        PIECE=steps * tile.keys,
+        PIECE=span * tile.keys,
         WIDTH=width,
         PIECES=max(1, min(next_power_of_2(pieces), 4096 // form.vectors)),
         num_warps=4,

@@ -30,8 +30,9 @@ def _poison():
 
 @pytest.fixture(params=["full", "few"])
 def form(request, monkeypatch):
-    """Tiles that walk all their candidates, or pieces of them that keep their logits."""
+    """Tiles that walk all their candidates, or two and more pieces of them that keep their logits."""
     monkeypatch.setattr(score, "is_few", lambda *_: request.param == "few")
+    monkeypatch.setattr(score, "MANY_PIECES", 2)
 
 
 def exact_scores(q, summaries, lengths, *, mode, block_m, block_n, row_queries, scale=None):
@@ -103,6 +104,7 @@ KINDS = [("TopK", "few"), ("TopP", "full")]
 TOP_K, TOP_P, PAIR = TopK(7), TopP(0.6, 9), (TopK(9), TopP(0.5, 7))
 CELLS = [  # B, T, S, HQ, H, D, options
     (1, 5, 50, 4, 1, 16, {"block_m": 1, "block_n": 3}),
+    (1, 2, 700, 4, 1, 16, {"block_m": 1, "block_n": 3}),  # more candidates than a tile, or a piece, has
     (2, 2, 61, 12, 1, 24, {"block_m": 1, "block_n": 4, "mode": "per_class"}),  # three pairs a group
     (1, 13, 40, 3, 1, 8, {"block_m": 3, "block_n": 1, "mode": "per_head"}),  # an odd group, blocks of one key
     (1, 10, 130, 4, 2, 16, {"block_m": 3, "block_n": 16, "row_queries": "first"}),
@@ -165,6 +167,12 @@ def test_ties_go_to_the_lower_block(budget, monkeypatch, device):
         blocks = [0, 1, 2, 3, 4, 14, 15] if isinstance(budget, TopK) else [0, 1, 2, 3, 4, 5, 6, 14, 15]
         assert got.indices[0, 0, 0, -1, : len(blocks)].tolist() == blocks
         assert got.counts[0, 0, 0, -1] == len(blocks)
+        k[:, [20, 36]] = 2.0  # two blocks are better, then
+        call = {"budget": budget, "block_m": 1, "block_n": 4}
+        got, expected = (select_blocks(q.abs(), k, backend=name, **call) for name in ("triton", "torch"))
+        k[:, [20, 36]] = 1.0
+        assert {5, 9} < set(got.indices.flatten().tolist())
+        assert torch.equal(got.indices, expected.indices)
 
 
 @pytest.mark.parametrize("budget", [TOP_K, TOP_P])
