@@ -1,8 +1,8 @@
 """Backend "triton": the fused kernels as operators that autograd and torch.compile understand.
 
 `torch.library` operators, each a direct launch of `kernels/` (imported when first called): attention, forward and
-backward, decoding, the choice of blocks and their summaries. Lists pass no gradient, and neither does lse. Source of
-the formulas: the kernels.
+backward, and the choice of blocks. Lists pass no gradient, and neither does lse. Source of the formulas:
+`kernels/forward.py`, `kernels/backward.py`, `kernels/choose.py`, `kernels/summaries.py`.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def _select(
 ) -> tuple[Tensor, Tensor]:
     """indices and counts; S counts where `lengths` is None."""
     from .kernels.candidates import Choice
-    from .kernels.score import select
+    from .kernels.choose import select
 
     (B, T, HQ, D), (NC, H) = q.shape, summaries.shape[1:3]
     lengths = None if lengths is None else lengths.int()

@@ -110,7 +110,7 @@ def compile_all(arch: int) -> None:
 
 if __name__ == "__main__":
     # imported for its launchers, so that `arch_of` can be set everywhere
-    from diffv2_sparse.kernels import backward, decode, forward, score, summaries  # noqa: F401
+    from diffv2_sparse.kernels import backward, choose, forward, summaries  # noqa: F401
 
     compile_all(int(sys.argv[1]))
     print("all of them")

@@ -17,7 +17,7 @@ from diffv2_sparse.selectors import block_summaries
 
 pytest.importorskip("triton")
 from diffv2_sparse import ops
-from diffv2_sparse.kernels import ranking, score
+from diffv2_sparse.kernels import choose, pieces, ranking
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +30,10 @@ def _poison():
 
 @pytest.fixture(params=["full", "few"])
 def form(request, monkeypatch):
-    """Tiles that walk all their candidates, or two and more pieces of them that keep their logits."""
-    monkeypatch.setattr(score, "is_few", lambda *_: request.param == "few")
-    monkeypatch.setattr(score, "MANY_PIECES", 2)
+    """Tiles that walk all their candidates, or pieces of them, of several tiles and looked at one by one."""
+    monkeypatch.setattr(choose, "is_few", lambda *_: request.param == "few")
+    monkeypatch.setattr(pieces, "MANY_PIECES", 2)
+    monkeypatch.setattr(pieces, "PARTIALS", 16)
 
 
 def exact_scores(q, summaries, lengths, *, mode, block_m, block_n, row_queries, scale=None):
@@ -179,7 +180,7 @@ def test_ties_go_to_the_lower_block(budget, monkeypatch, device):
 def test_rows_that_do_not_fit_in_registers(budget, monkeypatch, device):
     monkeypatch.setattr(ranking, "IN_REGISTERS", 16)
     check((1, 1, 400, 4, 1, 16), budget=budget, block_m=1, block_n=4, device=device)
-    monkeypatch.setattr(score, "is_few", lambda *_: False)
+    monkeypatch.setattr(choose, "is_few", lambda *_: False)
     budget = dataclasses.replace(budget, **{list(vars(budget))[-1]: 30})
     check((1, 90, 400, 8, 1, 16), budget=budget, block_m=80, block_n=5, device=device)  # rows of several parts
 
@@ -189,7 +190,7 @@ def test_chunks_do_not_change_the_lists(monkeypatch, form, device):
     q, given = torch.randn(2, 8, 4, 8, device=device), {"summaries": torch.randn(2, 18, 1, 8), "key_tokens": 151}
     given["summaries"] = given["summaries"].to(device)
     whole = select_blocks(q, **given, **options)
-    monkeypatch.setattr(score, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(choose, "WORKSPACE_BYTES", 1)
     chunked = select_blocks(q, **given, **options)
     assert torch.equal(whole.indices, chunked.indices)
     assert torch.equal(whole.counts, chunked.counts)
@@ -422,7 +423,7 @@ def test_long_inputs_are_repeatable_and_chunks_do_not_matter(block_m, row_querie
     call = {"summaries": summaries, "key_tokens": 64_000, "backend": "triton", **options}
     first, second = (select_blocks(q, **call) for _ in range(2))
     first.validate(4096, 64_000)
-    monkeypatch.setattr(score, "WORKSPACE_BYTES", 20 << 20)
+    monkeypatch.setattr(choose, "WORKSPACE_BYTES", 20 << 20)
     for other in (second, select_blocks(q, **call)):
         assert torch.equal(first.indices, other.indices)
         assert torch.equal(first.counts, other.counts)
