@@ -1,8 +1,8 @@
 """Backend "triton": the fused kernels as operators that autograd and torch.compile understand.
 
 `torch.library` operators, each a direct launch of `kernels/` (imported when first called): attention, forward and
-backward, and the choice of blocks. Lists pass no gradient, and neither does lse. Source of the formulas:
-`kernels/forward.py`, `kernels/backward.py`, `kernels/choose.py`, `kernels/summaries.py`.
+backward, decoding, the choice of blocks and their summaries. Lists pass no gradient, and neither does lse. Source of
+the formulas: the kernels.
 """
 
 from __future__ import annotations

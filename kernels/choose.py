@@ -5,7 +5,6 @@ size, whatever the lengths. Rules and results are those of `select_blocks`.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from .candidates import Choice
@@ -13,7 +12,7 @@ from .pieces import fill_scores_of_few, is_few
 from .primitives import LOG2E
 from .ranking import rank
 from .score import fill_scores
-from .tiles import arch_of, tile_sizes
+from .tiles import arch_of, cdiv, tile_sizes
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -48,7 +47,7 @@ def select(
 
     few = is_few(form, tile, choice.B * units)
     fill = fill_scores_of_few if few else fill_scores
-    line = triton.cdiv(max(choice.NC, 1), 16) * 16  # so that lines are aligned
+    line = cdiv(max(choice.NC, 1), 16) * 16  # so that lines are aligned
     lines = form.classes * choice.H * form.rows
     kept = form.classes * choice.H * form.parts * form.vectors if few else lines * (form.parts - 1)
     chunk = max(1, WORKSPACE_BYTES // (4 * line * (lines + kept)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from .candidates import Bounds, Choice, Form, candidates_of, reach, unit_of
 from .primitives import product
 from .score import first_summary, load_queries, load_summaries, log_sum, row_means, vectors_of
-from .tiles import Tile, arch_of, tile_sizes
+from .tiles import Tile, arch_of, cdiv, next_power_of_2, tile_sizes
 
 FEW_TILES = 48  # of full tiles; fewer are cut into pieces
 MANY_PIECES = 256  # keep a GPU busy
@@ -161,9 +161,9 @@ def fill_scores_of_few(
     tiles = scores.shape[0] * form.classes * form.H * form.parts
     # pieces as long as they can be, while there are enough of them
     span = 1
-    while span < 8 and tiles * triton.cdiv(choice.NC, 2 * span * tile.keys) >= MANY_PIECES:
+    while span < 8 and tiles * cdiv(choice.NC, 2 * span * tile.keys) >= MANY_PIECES:
         span *= 2
-    pieces = triton.cdiv(choice.NC, span * tile.keys)
+    pieces = cdiv(choice.NC, span * tile.keys)
     logits = scores.new_empty(tiles, form.vectors, line)
     peaks, sums = scores.new_empty(2, tiles, form.vectors, pieces)
     sizes = choice.T, choice.S, choice.NC, units, pieces, first_unit
@@ -182,15 +182,15 @@ def fill_scores_of_few(
         FORM=form,
         KEYS=tile.keys,
         SPAN=span,
-        DP=max(16, triton.next_power_of_2(form.D)),
+        DP=max(16, next_power_of_2(form.D)),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     lines = tiles // form.parts
     width = max(16, 8192 // form.vectors)
-    while width > 64 and 2 * lines * triton.cdiv(choice.NC, width) < MANY_PIECES:
+    while width > 64 and 2 * lines * cdiv(choice.NC, width) < MANY_PIECES:
         width //= 2
-    _mean_kernel[(lines * triton.cdiv(choice.NC, width),)](
+    _mean_kernel[(lines * cdiv(choice.NC, width),)](
         logits,
         peaks,
         sums,
@@ -202,6 +202,6 @@ def fill_scores_of_few(
         FORM=form,
         PIECE=span * tile.keys,
         WIDTH=width,
-        PIECES=max(1, min(triton.next_power_of_2(pieces), PARTIALS // form.vectors)),
+        PIECES=max(1, min(next_power_of_2(pieces), PARTIALS // form.vectors)),
         num_warps=4,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .candidates import Bounds, Choice, Form, candidates_of, reach, unit_of
 from .primitives import product, softmax_step
-from .tiles import arch_of, tile_sizes
+from .tiles import arch_of, next_power_of_2, tile_sizes
 
 
 @triton.jit

@@ -57,8 +57,9 @@ _HOPPER = {
     "dq_pointers": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
     "dq_pointers_union": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
     "dkv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
-    "score": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    "score": (Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
     "logits": (Tile(128, 64, 4, 4), Tile(128, 64, 4, 4), Tile(128, 64, 8, 2)),
+    "decode": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
 }
 _AMPERE = {
     "forward_pointers": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),

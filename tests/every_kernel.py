@@ -1,0 +1,94 @@
+"""A small call of every kernel, in the forms that are compiled apart.
+
+On a GPU: `compute-sanitizer --tool memcheck python -m tests.every_kernel`, and the same with racecheck. Without one,
+`compile_offline` makes the same calls.
+"""
+
+import math
+
+import torch
+
+from diffv2_sparse import TopK, ops, select_blocks
+from tests.oracle import qkv, random_selection
+
+ATTENTION = {  # T, HQ, H, D, differential, options of the selection; none for a window
+    "rows of 128": (256, 16, 2, 128, True, {"block_m": 128, "block_n": 128}),
+    "rows of 64, per class": (256, 8, 2, 64, True, {"block_m": 64, "block_n": 64, "mode": "per_class"}),
+    "rows of one token": (64, 16, 2, 128, True, {"block_m": 1, "block_n": 16}),
+    "ordinary, rows of 16": (64, 3, 1, 96, False, {"block_m": 16, "block_n": 16, "mode": "per_head"}),
+    "window": (64, 8, 2, 64, True, None),
+}
+DECODING = {  # T, HQ, H, D, differential, page size, lists: classes and tokens per row
+    "decode, one token": (1, 16, 2, 128, True, 64, (1, 1)),
+    "decode, per class, small pages": (4, 16, 2, 64, True, 16, (2, 1)),
+    "decode, dense, many rows": (16, 8, 1, 128, True, 128, None),
+    "decode, ordinary": (3, 3, 1, 96, False, 48, (1, 2)),
+}
+CHOICES = {  # B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, lengths on the device
+    "choice for rows of 64": (1, 4096, 64, 16, 2, 128, 64, 64, "pair_mean", [(32, math.inf)], False),
+    "choice for each token, per class": (1, 2048, 300, 8, 2, 64, 1, 16, "per_class", [(9, 0.9), (8, math.inf)], False),
+    "choice for long rows of any heads": (1, 9000, 30, 3, 1, 96, 300, 300, "per_head", [(20, 0.5)], False),
+    "choice in decoding": (4, 1, 16384, 64, 8, 128, 1, 64, "pair_mean", [(64, math.inf)], True),
+    "choice beyond the registers": (1, 8, 20000, 8, 2, 256, 4, 64, "pair_mean", [(64, 0.5)], True),
+}
+PAGES = 16
+
+
+def attend(device, T, HQ, H, D, differential, options) -> None:
+    inputs = qkv(1, T, T, HQ, H, D, dtype=torch.bfloat16, device=device, differential=differential, requires_grad=True)
+    selection, window = None, 16
+    if options is not None:
+        selection, window = select_blocks(*inputs[:2], budget=TopK(4), local_blocks=1, **options), None
+    bounds = {"cu_seqlens_q": None, "cu_seqlens_k": None}
+    o, _ = ops.triton_attention(*inputs, selection, scale=D**-0.5, window=window, **bounds)
+    o.backward(torch.ones_like(o))
+
+
+def decode(device, T, HQ, H, D, differential, block_n, lists) -> None:
+    B, S = 2, PAGES * block_n
+    q, _, _, lam = qkv(B, T, T, HQ, H, D, dtype=torch.bfloat16, device=device, differential=differential)
+    pages = torch.randn(B * H * PAGES, block_n, D, device=device).bfloat16()
+    table = torch.randperm(B * H * PAGES, device=device).int().view(B, H, PAGES)
+    lengths = torch.tensor([S, S - block_n - 3], dtype=torch.int32, device=device)
+    selection = None
+    if lists is not None:
+        C, block_m = lists
+        sizes = {"C": C, "NB": 8, "block_m": block_m, "block_n": block_n}
+        selection = random_selection(B, T, S, H, device=device, **sizes)
+    ops.triton_paged(q, pages, pages, table, lengths, lam, selection, scale=D**-0.5)
+
+
+def choose(device, B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, ragged) -> None:
+    k = torch.randn(1, 2 * block_n, H, D, device=device).bfloat16()
+    bounds = torch.tensor([0, 2 * block_n], dtype=torch.int32, device=device)
+    ops.triton_summaries(k, block_n, None if ragged else bounds)
+    q, summaries = (torch.randn(B, n, h, D, device=device).bfloat16() for n, h in ((T, HQ), (NC, H)))
+    bounds = None if ragged or mode == "pair_mean" else torch.tensor([0, T], dtype=torch.int32, device=device)
+    ops.triton_select(
+        q,
+        summaries,
+        torch.full((B,), NC * block_n, device=device) if ragged else NC * block_n,
+        mode=mode,
+        budgets=budgets,
+        block_m=block_m,
+        block_n=block_n,
+        sink_blocks=1,
+        local_blocks=2,
+        row_queries="all",
+        scale=0.1,
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+    )
+
+
+def call_all(device: str) -> None:
+    for call, cases in ((attend, ATTENTION), (decode, DECODING), (choose, CHOICES)):
+        for name, case in cases.items():
+            call(device, *case)
+            print(name, flush=True)
+
+
+if __name__ == "__main__":
+    call_all("cuda")
+    torch.cuda.synchronize()
+    print("all of them")
