@@ -1,11 +1,10 @@
 """The kernels that choose blocks against the torch path: the same lists, but where scores differ by a rounding.
 
-Without a GPU they run in Triton's interpreter, in float32 and float16; cases marked gpu add bfloat16, large sizes, CUDA
-graphs and the absence of host synchronisation. Outputs are poisoned: memory that a kernel allocates starts as NaN.
+Without a GPU they run in Triton's interpreter, in float32 and float16; `test_score_gpu.py` has more for a GPU. Outputs
+are poisoned: memory that a kernel allocates starts as NaN.
 """
 
 import dataclasses
-import itertools
 import math
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from diffv2_sparse import BlockSelection, TopK, TopP, diff_attention, select_blocks
 from diffv2_sparse.selection import query_rows
 from diffv2_sparse.selectors import block_summaries
+from tests.choices import assert_same_lists, check, exact_scores
 
 pytest.importorskip("triton")
 from diffv2_sparse import ops
@@ -34,71 +34,6 @@ def form(request, monkeypatch):
     monkeypatch.setattr(choose, "is_few", lambda *_: request.param == "few")
     monkeypatch.setattr(pieces, "MANY_PIECES", 2)
     monkeypatch.setattr(pieces, "PARTIALS", 16)
-
-
-def exact_scores(q, summaries, lengths, *, mode, block_m, block_n, row_queries, scale=None):
-    """float64 `[B, C, H, NM, NC]` of the operands as they are rounded, 0 where a block is no candidate."""
-    B, T, HQ, D = q.shape
-    NC, H = summaries.shape[1:3]
-    scale = D**-0.5 if scale is None else scale
-    heads = q.unflatten(2, (H, -1))  # [B, T, H, G, D]
-    if mode == "pair_mean":
-        parts = [((heads[..., 0::2, :].float() + heads[..., 1::2, :].float()) / 2).to(q.dtype)]
-    else:
-        parts = [heads] if mode == "per_head" else [heads[..., 0::2, :], heads[..., 1::2, :]]
-    logits = torch.stack([torch.einsum("bthgd,bnhd->bhtgn", x.double(), summaries.double()) for x in parts], 1) * scale
-    row = torch.arange(T, device=q.device) // block_m
-    n = torch.stack([(length - T + row * block_m).clamp(min=0) // block_n for length in lengths])  # [B, T]
-    candidate = torch.arange(NC, device=q.device) < n[:, None, None, :, None, None]
-    weights = torch.softmax(logits.masked_fill(~candidate, -torch.inf), -1).nan_to_num(0.0).mean(4)  # [B, C, H, T, NC]
-    tokens = [weights[:, :, :, t : t + block_m] for t in range(0, T, block_m)]
-    return torch.stack([x[:, :, :, 0] if row_queries == "first" else x.mean(3) for x in tokens], 3)
-
-
-def assert_same_lists(got, expected, scores, budgets, tolerance):
-    """Lists differ only where scores do by no more than `tolerance`, relative; and by blocks that TopP still takes for
-    a mass that is short of its budget by no more than that.
-    """
-    assert got.indices.dtype == got.counts.dtype == torch.int32
-    NM, NB = expected.indices.shape[3:]
-    assert not got.counts[:, :, :, NM:].any(), "rows behind the last"
-    assert got.indices.shape[4] == NB
-    different = (got.indices[:, :, :, :NM] != expected.indices).any(-1) | (got.counts[:, :, :, :NM] != expected.counts)
-    for at in different.nonzero().tolist():
-        lists = [x.indices[(*at, slice(x.counts[tuple(at)]))].tolist() for x in (got, expected)]
-        less, more = sorted(map(set, lists), key=len)
-        own = scores[tuple(at)].tolist()
-        worth = {j: own[j] for j in less | more if j < len(own)}
-        said = f"{at}: {lists[0]}, expected {lists[1]}, scores {worth}"
-        assert lists[0] == sorted(set(lists[0])), said
-        assert less ^ more <= worth.keys(), said  # the blocks that the row overlaps have no score
-        assert len(less ^ more) > 0, said  # else something stands behind the list
-        apart = [worth[j] for j in less ^ more]
-        if len(less) == len(more):
-            assert max(apart) - min(apart) <= tolerance * max(apart) + 1e-30, said
-        else:
-            assert isinstance(budgets[at[1]], TopP), said
-            assert less < more, said
-            assert sum(worth.get(j, 0.0) for j in less) >= budgets[at[1]].mass - tolerance, said
-    assert different.sum() <= 1 + different.numel() // 50, f"{different.float().mean():.0%} differ: more than roundings"
-
-
-def tolerance_of(dtype):
-    return 1e-5 if dtype == torch.float32 else 1e-4
-
-
-def check(sizes, *, dtype=torch.float32, device="cpu", budget, spread=2.0, **options):
-    """`spread` is that of the logits, roughly."""
-    B, T, S, HQ, H, D = sizes
-    options = {"mode": "pair_mean", "row_queries": "all", **options}
-    q = (torch.randn(B, T, HQ, D, device=device) * spread).to(dtype)
-    summaries = torch.randn(B, S // options["block_n"], H, D, device=device).to(dtype)
-    call = {"summaries": summaries, "key_tokens": S, "budget": budget, **options}
-    got, expected = (select_blocks(q, backend=name, **call) for name in ("triton", "torch"))
-    got.validate(T, S)
-    scoring = {name: options[name] for name in ("mode", "block_m", "block_n", "row_queries")}
-    scores = exact_scores(q, summaries, torch.full((B,), S, device=device), **scoring)
-    assert_same_lists(got, expected, scores, budget if isinstance(budget, tuple) else (budget,), tolerance_of(dtype))
 
 
 KINDS = [("TopK", "few"), ("TopP", "full")]
@@ -363,152 +298,3 @@ def test_backends(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match='"triton": it needs tensors on a GPU, not on cpu; "torch" would do'):
         select_blocks(q, k, backend="triton", **options)
-
-
-BLOCKS = ((1, 64), (3, 16), (16, 64), (64, 64), (128, 128), (128, 256))
-GRID = [  # every D with every block, the others in turn
-    (D, blocks, dtype, G, mode, row_queries)
-    for (D, blocks), dtype, G, mode, row_queries in zip(
-        itertools.product((64, 96, 128, 256), BLOCKS),
-        itertools.cycle((torch.bfloat16, torch.bfloat16, torch.float16, torch.bfloat16, torch.float32)),
-        itertools.cycle((2, 8, 4, 6, 16)),
-        itertools.cycle(("pair_mean", "per_class", "per_head", "pair_mean")),
-        itertools.cycle(("all", "all", "first")),
-    )
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("D", "blocks", "dtype", "G", "mode", "row_queries"), GRID)
-def test_grid(D, blocks, dtype, G, mode, row_queries):
-    block_m, block_n = blocks
-    least = 3 + math.ceil((block_m - 1) / block_n)
-    options = {"block_m": block_m, "block_n": block_n, "mode": mode, "row_queries": row_queries}
-    for budget in (TopK(least + 12), TopP(0.7, least + 20)):
-        both = (budget, TopK(least + 3)) if mode == "per_class" else budget
-        check((2, 700, 6000, 2 * G, 2, D), dtype=dtype, device="cuda", budget=both, **options)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("budget", [TopK(64), TopP(0.9, 64)])
-@pytest.mark.parametrize(("B", "T", "NC"), [(3, 1, 2048), (1, 1, 16384), (2, 16, 2048), (1, 5, 20000), (1, 200, 4096)])
-def test_decoding_far_into_a_sequence(B, T, NC, budget):
-    q = torch.randn(B, T, 64, 128, device="cuda").bfloat16() * 2
-    summaries = torch.randn(B, NC, 8, 128, device="cuda").bfloat16()
-    lengths = (NC * 64 + 63 - torch.arange(B, device="cuda") * 40_003).int()
-    options = {"budget": budget, "block_m": 1, "block_n": 64}
-    given = {"summaries": summaries, "key_tokens": lengths}
-    got, expected = (select_blocks(q, backend=name, **given, **options) for name in ("triton", "torch"))
-    scores = exact_scores(q, summaries, lengths, mode="pair_mean", block_m=1, block_n=64, row_queries="all")
-    assert_same_lists(got, expected, scores, (budget,), 1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("block_m", "block_n"), [(128, 128), (64, 64), (1, 64)])
-@pytest.mark.parametrize("mode", ["pair_mean", "per_class"])
-def test_a_prompt(block_m, block_n, mode):
-    budget = TopK(24) if mode == "pair_mean" else (TopK(24), TopP(0.8, 24))
-    options = {"block_m": block_m, "block_n": block_n, "mode": mode, "budget": budget}
-    check((1, 8192, 8192, 64, 8, 128), dtype=torch.bfloat16, device="cuda", **options)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("block_m", [1, 16, 128])
-@pytest.mark.parametrize("row_queries", ["all", "first"])
-def test_long_inputs_are_repeatable_and_chunks_do_not_matter(block_m, row_queries, monkeypatch):
-    q = torch.randn(1, 4096, 64, 128, device="cuda").bfloat16()
-    summaries = torch.randn(1, 1000, 8, 128, device="cuda").bfloat16()
-    q[0, 1000, 3] = float("nan")
-    options = {"block_m": block_m, "block_n": 64, "budget": TopP(0.9, 40), "row_queries": row_queries}
-    call = {"summaries": summaries, "key_tokens": 64_000, "backend": "triton", **options}
-    first, second = (select_blocks(q, **call) for _ in range(2))
-    first.validate(4096, 64_000)
-    monkeypatch.setattr(choose, "WORKSPACE_BYTES", 20 << 20)
-    for other in (second, select_blocks(q, **call)):
-        assert torch.equal(first.indices, other.indices)
-        assert torch.equal(first.counts, other.counts)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("block_n", [3, 64, 100, 128, 256])
-def test_summaries_of_many_keys(block_n):
-    k = torch.randn(2, 5000, 8, 128).bfloat16()
-    expected = block_summaries(k, block_n)
-    assert torch.equal(block_summaries(k.cuda(), block_n).cpu(), expected)  # by the kernel
-    assert torch.equal(block_summaries(k.cuda().requires_grad_(), block_n).cpu(), expected)  # by plain torch
-
-
-@pytest.mark.gpu
-def test_beyond_two_billion_elements():
-    """The last rows of a long call choose as they do alone."""
-    T = 128 * 2350  # times 64 heads of 128
-    q, k = (torch.randn(1, T, h, 128, dtype=torch.bfloat16, device="cuda") for h in (64, 8))
-    options = {"budget": TopK(32), "block_m": 128, "block_n": 128}
-    whole = select_blocks(q, k, backend="triton", **options)
-    summaries = block_summaries(k, 128)
-    alone = select_blocks(q[:, -512:], summaries=summaries, key_tokens=T, backend="torch", **options)
-    scoring = {"mode": "pair_mean", "block_m": 128, "block_n": 128, "row_queries": "all"}
-    scores = exact_scores(q[:, -512:], summaries, torch.tensor([T], device="cuda"), **scoring)
-    tail = BlockSelection(whole.indices[:, :, :, -4:].contiguous(), whole.counts[:, :, :, -4:].contiguous(), 128, 128)
-    assert_same_lists(tail, alone, scores, (TopK(32),), 1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("T", "block_m"), [(1, 1), (4, 1), (256, 16)])
-def test_in_a_graph_with_lengths_that_change(T, block_m):
-    q = torch.randn(3, T, 16, 64, device="cuda").bfloat16()
-    summaries = torch.randn(3, 500, 4, 64, device="cuda").bfloat16()
-    lengths = torch.tensor([32_000, 17, 600], dtype=torch.int32, device="cuda")
-    options = {"mode": "per_class", "budget": (TopK(20), TopP(0.5, 30)), "block_m": block_m, "block_n": 64}
-    call = {"summaries": summaries, "key_tokens": lengths, "backend": "triton", **options}
-    select_blocks(q, **call)  # compiled
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = select_blocks(q, **call)
-    for new in ([0, 5000, 31_999], [32_063, 64, 300], [64, 128, 20_000]):
-        lengths.copy_(torch.tensor(new))
-        q.copy_(torch.randn_like(q))
-        graph.replay()
-        eager = select_blocks(q, **call)
-        assert torch.equal(captured.indices, eager.indices)
-        assert torch.equal(captured.counts, eager.counts)
-        expected = select_blocks(q, **{**call, "backend": "torch"})
-        scoring = {"mode": "per_class", "block_m": block_m, "block_n": 64, "row_queries": "all"}
-        assert_same_lists(eager, expected, exact_scores(q, summaries, lengths, **scoring), options["budget"], 1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("block_m", [1, 16])
-def test_nothing_waits_for_the_device(block_m):
-    q, k = torch.randn(1, 300, 16, 64, device="cuda").half(), torch.randn(1, 900, 4, 64, device="cuda").half()
-    cu_q = torch.tensor([0, 100, 100, 300], dtype=torch.int32, device="cuda")
-    cu_k = torch.tensor([0, 300, 310, 900], dtype=torch.int32, device="cuda")
-    lengths = torch.tensor([890], device="cuda")
-    options = {"budget": TopK(12), "block_m": block_m, "block_n": 16}
-    calls = (
-        {"k": k},
-        {"k": k, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k},
-        {"summaries": block_summaries(k, 16), "key_tokens": lengths},
-    )
-    for call in calls:
-        select_blocks(q, **call, **options)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            select_blocks(q, **call, **options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_automatic_on_a_gpu(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the kernels were called")
-
-    monkeypatch.setattr("diffv2_sparse.selectors.triton_select", refuse)
-    q, k = torch.randn(1, 4, 4, 8, device="cuda"), torch.randn(1, 60, 2, 8, device="cuda")
-    options = {"budget": TOP_K, "block_m": 1, "block_n": 4}
-    with pytest.raises(AssertionError, match="were called"):
-        select_blocks(q, k, **options)
-    select_blocks(q, k, backend="torch", **options)
-    select_blocks(q.double(), k.double(), **options)
