@@ -66,6 +66,6 @@ def assert_within_budget(function, inputs, selection=None, *, factor=2.0, gradie
         exact, same, got = plain(*wide), plain(*inputs), function(*inputs)
     names = ["o", "lse", "dq", "dk", "dv", "dlam"]
     for name, e, s, g in zip(names, exact, same, got):
-        # where plain is (nearly) exact; a backward that takes its weights from a rounded lse is an ulp or two behind
-        floor = torch.finfo(q.dtype).eps * {torch.float64: 8, torch.float32: 2}.get(q.dtype, 1)
+        # where plain is (nearly) exact: logits in base 2 and weights from a rounded lse cost float32 an ulp or two
+        floor = torch.finfo(q.dtype).eps * {torch.float64: 8, torch.float32: 3}.get(q.dtype, 1)
         assert error(g, e) <= factor * max(error(s, e), floor), f"{name}: {error(g, e):.2e}, plain {error(s, e):.2e}"
