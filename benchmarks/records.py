@@ -32,7 +32,7 @@ def stamp() -> dict:
     """The environment of this run, the versions of the peers that are installed included."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = environment(device)
-    found["commit"] = found["commit"] or os.environ.get("GIT_COMMIT")  # of a copy without its history
+    found["commit"] = os.environ.get("GIT_COMMIT") or found["commit"]  # a copy may lack its history
     for package in PEERS:
         with suppress(PackageNotFoundError):
             found["versions"][package] = version(package)

@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .primitives import LOG2E, product, softmax_step
 from .tiles import arch_of, cdiv, decode_tile, merge_tile, next_power_of_2, processors_of, splits_of
@@ -75,10 +74,7 @@ def _decode_kernel(
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
     DP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_launch_dependents()
     ROWS: tl.constexpr = TOKENS * HEADS
     CHUNKS: tl.constexpr = (G // C + HEADS - 1) // HEADS  # tiles that share the heads of a class
     i_s = tl.program_id(1)
@@ -172,19 +168,15 @@ def _merge_kernel(
     DIFF: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     i_o = tl.program_id(0)
     i_b = (i_o // HO // T).to(tl.int64)
     i_t = i_o // HO % T
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if DIFF:
-        lam = tl.load(lam_logit + i_b * stride_lb + i_t * stride_lt + i_o % HO * stride_lh)
-        lam = tl.sigmoid(lam.to(tl.float32))
+    i_ho = i_o % HO
     i_o = i_o.to(tl.int64)
-    if OVERLAP:
-        gdc_wait()  # for the partial results
     if DIFF:
+        lam = tl.sigmoid(tl.load(lam_logit + i_b * stride_lb + i_t * stride_lt + i_ho * stride_lh).to(tl.float32))
         signal = _merged(part_o, part_m, part_l, 2 * i_o, dims, splits, D, SPLITS)
         result = signal - lam * _merged(part_o, part_m, part_l, 2 * i_o + 1, dims, splits, D, SPLITS)
     else:
@@ -229,7 +221,6 @@ def decode(
     splits = splits_of(programs, cdiv(NB * block_n, tile.keys), processors_of(q.device))
     part_o = torch.empty(B, T, HQ, splits, D, dtype=torch.float32, device=q.device)
     part_m, part_l = torch.empty(2, B, T, HQ, splits, dtype=torch.float32, device=q.device)
-    overlap = arch >= 90  # the second kernel starts up while the first still runs
     _decode_kernel[(programs, splits)](
         q,
         k_pages,
@@ -262,7 +253,6 @@ def decode(
         HEADS=heads,
         KEYS=tile.keys,
         DP=max(16, next_power_of_2(D)),
-        OVERLAP=overlap,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -282,8 +272,6 @@ def decode(
         DIFF=diff,
         SPLITS=padded,
         BLOCK_D=dims,
-        OVERLAP=overlap,
         num_warps=warps,
-        **({"launch_pdl": True} if overlap else {}),
     )
     return o
