@@ -57,6 +57,11 @@ class Form(NamedTuple):
         return self.rows * self.row_vectors
 
     @property
+    def counted(self) -> int:
+        """Vectors of a row that can count, a power of two; those behind fill the tile for the tensor cores alone."""
+        return min(next_power_of_2(self.tokens), self.tile_tokens) * self.tile_heads
+
+    @property
     def head_chunks(self) -> int:
         return -(-self.heads // self.tile_heads)
 
@@ -191,3 +196,18 @@ def reach(unit, NC, FORM: tl.constexpr):
     last = tl.minimum(first + FORM.rows, rows) - 1
     most = candidates_of(last, unit, NC, FORM)
     return candidates_of(first, unit, NC, FORM), tl.where(first < rows, most, 0)
+
+
+@triton.jit
+def free_of(row, unit, NC, sink, local, blocks, FORM: tl.constexpr):
+    """Of a row: its candidates n; low and high, the candidates low … high − 1 being free, the others forced; how many
+    free ones its budget of `blocks` has room for; the first block that it overlaps, and how many.
+    """
+    position = unit.Sk - unit.Tq + row * FORM.block_m
+    last = tl.minimum(position + FORM.block_m, unit.Sk) - 1
+    first_own = tl.maximum(position, 0) // FORM.block_n
+    overlapped = tl.where(last < 0, 0, tl.maximum(last, 0) // FORM.block_n - first_own + 1)
+    n = candidates_of(row, unit, NC, FORM)
+    low = tl.minimum(sink, n)
+    high = tl.maximum(tl.minimum(first_own - local + 1, n), low)
+    return n, low, high, blocks - overlapped - (n - (high - low)), first_own, overlapped

@@ -46,7 +46,6 @@ def select(
     counts = make(shape[:-1], dtype=torch.int32, device=q.device)
 
     few = is_few(form, tile, choice.B * units)
-    fill = fill_scores_of_few if few else fill_scores
     line = cdiv(max(choice.NC, 1), 16) * 16  # so that lines are aligned
     lines = form.classes * choice.H * form.rows
     kept = form.classes * choice.H * form.parts * form.vectors if few else lines * (form.parts - 1)
@@ -55,7 +54,12 @@ def select(
         chunk = min(chunk, choice.B * units - first_unit)
         shape = chunk, form.classes, choice.H, form.rows, 1 if few else form.parts, line
         scores = torch.empty(shape, dtype=torch.float32, device=q.device)
+        best = None
         if choice.NC > 0:
-            fill(scores, q, summaries, choice, form, bounds, units, first_unit, scale * LOG2E.value)
-        rank(scores, indices, counts, choice, form, bounds, units, first_unit, budgets, sink_blocks, local_blocks)
+            call = scores, q, summaries, choice, form, bounds, units, first_unit, scale * LOG2E.value
+            if few:
+                best = fill_scores_of_few(*call, [blocks for blocks, _ in budgets], sink_blocks, local_blocks)
+            else:
+                fill_scores(*call)
+        rank(scores, best, indices, counts, choice, form, bounds, units, first_unit, budgets, sink_blocks, local_blocks)
     return indices, counts

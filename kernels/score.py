@@ -19,7 +19,7 @@ from .tiles import arch_of, next_power_of_2, tile_sizes
 @triton.jit
 def load_queries(q, unit, part, i_h, i_c, stride_b, stride_t, stride_h, dims, FORM: tl.constexpr):
     """The vectors of a tile `[vectors, DP]`, the row of each, and which of them count."""
-    row, t, head, live = vectors_of(unit, part, FORM)
+    row, t, head, live = vectors_of(tl.arange(0, FORM.vectors), unit, part, FORM)
     at = q + unit.batch * stride_b + (unit.q0 + t)[:, None] * stride_t
     at += ((i_h * FORM.heads + head) * FORM.step + i_c)[:, None] * stride_h + dims[None, :]
     inside = live[:, None] & (dims < FORM.D)[None, :]
@@ -31,9 +31,8 @@ def load_queries(q, unit, part, i_h, i_c, stride_b, stride_t, stride_h, dims, FO
 
 
 @triton.jit
-def vectors_of(unit, part, FORM: tl.constexpr):
-    """Row, token and scored head of each vector of a tile, and which of them count."""
-    vector = tl.arange(0, FORM.vectors)
+def vectors_of(vector, unit, part, FORM: tl.constexpr):
+    """Row, token and scored head of vectors of a tile, and which of them count."""
     row = unit.own * FORM.rows + vector // FORM.row_vectors
     token = part // FORM.head_chunks * FORM.tile_tokens + vector // FORM.tile_heads % FORM.tile_tokens
     head = part % FORM.head_chunks * FORM.tile_heads + vector % FORM.tile_heads
@@ -70,8 +69,14 @@ def row_means(weights, row, unit, FORM: tl.constexpr, KEYS: tl.constexpr):
         total = tl.sum(weights, 1)[:, None]
     else:
         total = tl.sum(tl.reshape(weights, [KEYS, FORM.rows, FORM.row_vectors]), 2)
+    return total / vectors_in(row, unit, FORM)[None, :]
+
+
+@triton.jit
+def vectors_in(row, unit, FORM: tl.constexpr):
+    """How many vectors of a row count, in all its parts; at least 1."""
     tokens = tl.maximum(tl.minimum(unit.Tq - row * FORM.block_m, FORM.tokens), 1)
-    return total / (tokens * FORM.heads).to(tl.float32)[None, :]
+    return (tokens * FORM.heads).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "S", "NC", "NL", "first_unit", "chunk"])

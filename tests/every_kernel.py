@@ -29,7 +29,7 @@ CHOICES = {  # B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, lengths on t
     "choice for each token, per class": (1, 2048, 300, 8, 2, 64, 1, 16, "per_class", [(9, 0.9), (8, math.inf)], False),
     "choice for long rows of any heads": (1, 9000, 30, 3, 1, 96, 300, 300, "per_head", [(20, 0.5)], False),
     "choice in decoding": (4, 1, 16384, 64, 8, 128, 1, 64, "pair_mean", [(64, math.inf)], True),
-    "choice beyond the registers": (1, 8, 20000, 8, 2, 256, 4, 64, "pair_mean", [(64, 0.5)], True),
+    "choice beyond the registers": (1, 8, 20000, 8, 2, 256, 4, 64, "pair_mean", [(600, 0.5)], True),
 }
 PAGES = 16
 

@@ -120,6 +120,75 @@ def test_rows_that_do_not_fit_in_registers(budget, monkeypatch, device):
     check((1, 90, 400, 8, 1, 16), budget=budget, block_m=80, block_n=5, device=device)  # rows of several parts
 
 
+LONG_ROWS = [  # B, T, S, HQ, H, budget, options
+    (1, 1, 700, 4, 2, TopK(8), {"block_m": 1}),
+    (2, 1, 1000, 2, 1, TopP(0.1, 8), {"block_m": 1, "local_blocks": 3}),
+    (1, 3, 600, 6, 1, TopK(7), {"block_m": 1, "sink_blocks": 0, "local_blocks": 1}),  # three pairs a group
+    (1, 7, 700, 3, 1, TopP(0.9, 8), {"block_m": 3, "mode": "per_head", "sink_blocks": 2}),
+    (1, 40, 1200, 16, 1, TopK(13), {"block_m": 40}),  # a row of several parts
+    (1, 1, 800, 4, 1, (TopK(7), TopP(0.1, 8)), {"block_m": 1, "mode": "per_class", "sink_blocks": 5}),
+]
+
+
+@pytest.fixture
+def at_once_and_sifted(monkeypatch):
+    """Both ways of ranking the rows of a call: all their scores at once, or the best of each stretch."""
+
+    def both(q, summaries, lengths, budget, **options):
+        monkeypatch.setattr(choose, "is_few", lambda *_: True)
+        monkeypatch.setattr(pieces, "MANY_PIECES", 2)
+        call = {"summaries": summaries, "key_tokens": lengths, "budget": budget, "block_n": 4, **options}
+        lists, took = [], []
+        rank = choose.rank
+        for longest in (1 << 30, 0):
+            monkeypatch.setattr(pieces, "LONG", longest)
+            monkeypatch.setattr(choose, "rank", lambda scores, best, *x: (took.append(best), rank(scores, best, *x)))
+            lists.append(select_blocks(q, backend="triton", **call))
+            monkeypatch.setattr(choose, "rank", rank)
+        assert took[0] is None
+        assert took[-1].scores.shape[1] >= 4, "stretches"
+        assert torch.equal(lists[0].indices, lists[1].indices)
+        assert torch.equal(lists[0].counts, lists[1].counts)
+        return lists[1]
+
+    return both
+
+
+@pytest.mark.parametrize("cell", LONG_ROWS)
+@pytest.mark.parametrize(("few", "spread"), [(False, 2.0), (True, 0.3)])
+def test_sifted_lists_are_those_of_whole_rows(cell, few, spread, at_once_and_sifted, device):
+    """With few different summaries, too, so that many scores are equal."""
+    B, T, S, HQ, H, budget, options = cell
+    q = torch.randn(B, T, HQ, 8, device=device) * spread
+    summaries = torch.randn(B, S // 4, H, 8, device=device)
+    if few:
+        summaries = torch.eye(8, device=device)[torch.randint(3, summaries.shape[:3], device=device)]
+    at_once_and_sifted(q, summaries, S, budget, **options).validate(T, S)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("budget", [(TopK(7), TopP(0.1, 8)), (TopP(0.5, 8), TopK(8))])
+def test_sifted_lists_of_any_length(budget, at_once_and_sifted, device):
+    """Lengths at the edges of stretches of 32, and where forced blocks begin in another one; no numbers in q."""
+    lengths = torch.tensor([520, 3, 0, 4 * 33, 4 * 64 + 1, 4 * 66, 500], device=device)
+    q, summaries = torch.randn(7, 1, 4, 8, device=device), torch.randn(7, 130, 1, 8, device=device)
+    q[6, 0, 2], q[0, 0, 1] = float("nan"), float("inf")
+    options = {"block_m": 1, "mode": "per_class", "sink_blocks": 2, "local_blocks": 3}
+    got = at_once_and_sifted(q, summaries, lengths, budget, **options)
+    call = {"summaries": summaries[1:6], "key_tokens": lengths[1:6], "budget": budget, "block_n": 4, **options}
+    assert torch.equal(got.indices[1:6], select_blocks(q[1:6], backend="torch", **call).indices)
+
+
+@pytest.mark.parametrize("budget", [TOP_K, TopP(0.1, 8)])
+def test_sifted_packed_rows(budget, at_once_and_sifted, device):
+    cu_q, cu_k = (torch.tensor(x, device=device).int() for x in ([0, 1, 1, 4], [0, 300, 310, 900]))
+    q, k = torch.randn(1, 4, 4, 8, device=device), torch.randn(1, 900, 1, 8, device=device)
+    packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "block_m": 1}
+    got = at_once_and_sifted(q, block_summaries(k, 4, cu_k), None, budget, **packed)
+    expected = select_blocks(q, k, budget=budget, block_n=4, backend="torch", **packed)
+    assert torch.equal(got.indices[:, :, :, :4], expected.indices)
+
+
 def test_chunks_do_not_change_the_lists(monkeypatch, form, device):
     options = {"mode": "per_class", "budget": (TopK(9), TopP(0.7, 12)), "block_m": 4, "block_n": 8, "backend": "triton"}
     q, given = torch.randn(2, 8, 4, 8, device=device), {"summaries": torch.randn(2, 18, 1, 8), "key_tokens": 151}

@@ -11,7 +11,7 @@ from diffv2_sparse.selectors import block_summaries
 from tests.choices import assert_same_lists, check, exact_scores
 
 pytest.importorskip("triton")
-from diffv2_sparse.kernels import choose
+from diffv2_sparse.kernels import choose, pieces
 
 pytestmark = pytest.mark.gpu
 
@@ -104,6 +104,35 @@ def test_beyond_two_billion_elements():
     scores = exact_scores(q[:, -512:], summaries, torch.tensor([T], device="cuda"), **scoring)
     tail = BlockSelection(whole.indices[:, :, :, -4:].contiguous(), whole.counts[:, :, :, -4:].contiguous(), 128, 128)
     assert_same_lists(tail, alone, scores, (TopK(32),), 1e-4)
+
+
+@pytest.mark.parametrize("mode", ["pair_mean", "per_class"])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (2, 1), (1, 4), (1, 16)])
+def test_sifted_lists_are_those_of_whole_rows(B, T, mode, monkeypatch):
+    """The best of each stretch of 16384 candidates against all of them, in a graph as outside; and with equal scores.
+
+    TopP adds scores up in another order, so that a list may end elsewhere where a sum is its mass but for a rounding.
+    """
+    lengths = torch.tensor([1 << 20, 700_000], dtype=torch.int32, device="cuda")[:B]
+    q = torch.randn(B, T, 64, 128, device="cuda").bfloat16()
+    summaries = torch.randn(B, 16384, 8, 128, device="cuda").bfloat16()
+    budget = TopK(64) if mode == "pair_mean" else (TopK(48), TopP(0.02, 64))
+    call = {"summaries": summaries, "key_tokens": lengths, "backend": "triton"}
+    call |= {"mode": mode, "budget": budget, "block_m": 1, "block_n": 64}
+    select_blocks(q, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = select_blocks(q, **call)
+    few = torch.randn(4, 128, device="cuda").bfloat16()[torch.randint(4, (B, 16384, 8), device="cuda")]
+    for given, scale in ((summaries.clone(), 1), (summaries.clone(), 4), (few, 1)):
+        summaries.copy_(given)
+        q.mul_(scale)
+        graph.replay()
+        monkeypatch.setattr(pieces, "LONG", 1 << 30)
+        whole = select_blocks(q, **call)
+        monkeypatch.undo()
+        assert torch.equal(captured.indices, whole.indices)
+        assert torch.equal(captured.counts, whole.counts)
 
 
 @pytest.mark.parametrize(("T", "block_m"), [(1, 1), (4, 1), (256, 16)])
