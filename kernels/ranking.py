@@ -30,11 +30,7 @@ class Best(NamedTuple):
     width: int  # candidates of a stretch
 
 
-@triton.jit(
-    do_not_specialize=[
-        "T", "S", "NC", "NL", "NM", "first_unit", "sink", "local", "blocks_0", "blocks_1", "NB", "stride_best",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["T", "S", "NC", "NL", "NM", "first_unit", "sink", "local", "blocks_0", "blocks_1", "NB"])
 def _rank_kernel(
     scores,
     best,
@@ -49,7 +45,6 @@ def _rank_kernel(
     NM,
     first_unit,
     stride_line,
-    stride_best,
     sink,
     local,
     blocks_0,
@@ -90,7 +85,8 @@ def _rank_kernel(
         forced_mass += sum_of(load_bits(at, forced, 0, n, stride_line, PARTS), forced < n)
     first, end = low, high  # entries that are free candidates
     if best is not None:
-        at = best + line * stride_best
+        first_best = line * tl.cdiv(NC, WIDTH) * KEPT
+        at = best + first_best
         first = 0
         end = tl.cdiv(high, WIDTH) * KEPT
     offs = tl.arange(0, BLOCK)
@@ -129,7 +125,7 @@ def _rank_kernel(
         keep, passed = kept_of(own, cut, room, wanted, passed, MASS)
         block = entry
         if best is not None:
-            block = tl.load(best_blocks + line * stride_best + entry, mask=keep, other=0)
+            block = tl.load(best_blocks + first_best + entry, mask=keep, other=0)
         place = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
         tl.store(list_at + place, block, mask=keep)
         kept += tl.sum(keep.to(tl.int32), 0)
@@ -198,7 +194,6 @@ def rank(
         choice.NM,
         first_unit,
         scores.shape[-1],
-        entries,
         sink_blocks,
         local_blocks,
         *(blocks for blocks, _ in (budgets[0], budgets[-1])),

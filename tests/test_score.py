@@ -170,7 +170,7 @@ def test_sifted_lists_are_those_of_whole_rows(cell, few, spread, at_once_and_sif
 @pytest.mark.parametrize("budget", [(TopK(7), TopP(0.1, 8)), (TopP(0.5, 8), TopK(8))])
 def test_sifted_lists_of_any_length(budget, at_once_and_sifted, device):
     """Lengths at the edges of stretches of 32, and where forced blocks begin in another one; no numbers in q."""
-    lengths = torch.tensor([520, 3, 0, 4 * 33, 4 * 64 + 1, 4 * 66, 500], device=device)
+    lengths = torch.tensor([520, 21, 0, 4 * 33, 4 * 64 + 1, 4 * 66, 500], device=device)
     q, summaries = torch.randn(7, 1, 4, 8, device=device), torch.randn(7, 130, 1, 8, device=device)
     q[6, 0, 2], q[0, 0, 1] = float("nan"), float("inf")
     options = {"block_m": 1, "mode": "per_class", "sink_blocks": 2, "local_blocks": 3}
