@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .candidates import Bounds, Choice, Form, candidates_of, free_of, reach, unit_of
 from .primitives import product
@@ -54,13 +53,10 @@ def _logits_kernel(
     KEYS: tl.constexpr,
     SPAN: tl.constexpr,
     DP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One program: one tile of vectors against one of NP pieces of the candidates, SPAN tiles of KEYS. Keeps the logits
     in base 2, scaled, and of each vector their maximum and the sum of exp2(logit − maximum).
     """
-    if OVERLAP:
-        gdc_launch_dependents()
     VECTORS: tl.constexpr = FORM.vectors
     pid = tl.program_id(0).to(tl.int64)
     piece = (pid % NP).to(tl.int32)
@@ -123,15 +119,11 @@ def _mean_kernel(
     PIECES: tl.constexpr,
     WIDTH: tl.constexpr,
     KEPT: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One program: WIDTH candidates of one row, from the logits of all its parts. PIECES of PIECE candidates are looked
     at together. The scores are kept, or those of forced candidates and the best of the others, at most KEPT.
     """
     VECTORS: tl.constexpr = FORM.counted
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()  # for the logits
     pid = tl.program_id(0).to(tl.int64)
     line = pid % rows  # [chunk, C, H, rows]
     stretch = (pid // rows).to(tl.int32)
@@ -220,8 +212,7 @@ def fill_scores_of_few(
     """As `fill_scores`, with the parts of each row added up: `[chunk, C, H, rows, 1, ≥ NC]`. Of long rows only the
     forced candidates are there, and the others that `blocks`, the most of each class, have room for are returned.
     """
-    arch = arch_of(q.device)
-    tile = tile_sizes(form.D, q.dtype, arch, "logits")
+    tile = tile_sizes(form.D, q.dtype, arch_of(q.device), "logits")
     line = scores.shape[-1]
     tiles = scores.shape[0] * form.classes * form.H * form.parts
     # pieces as long as they can be, while there are enough of them
@@ -232,7 +223,6 @@ def fill_scores_of_few(
     logits = scores.new_empty(tiles, form.vectors, line)
     peaks, sums = scores.new_empty(2, tiles, form.vectors, pieces)
     sizes = choice.T, choice.S, choice.NC, units, pieces, first_unit
-    overlap = arch >= 90  # the second kernel starts up while the first still runs
     _logits_kernel[(tiles * pieces,)](
         q,
         summaries,
@@ -249,7 +239,6 @@ def fill_scores_of_few(
         KEYS=tile.keys,
         SPAN=span,
         DP=max(16, next_power_of_2(form.D)),
-        OVERLAP=overlap,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -283,8 +272,6 @@ def fill_scores_of_few(
         PIECES=max(1, min(next_power_of_2(pieces), PARTIALS // form.counted)),
         WIDTH=width,
         KEPT=kept,
-        OVERLAP=overlap,
         num_warps=4,
-        **({"launch_pdl": True} if overlap else {}),
     )
     return best

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from .candidates import Bounds, Choice, Form, free_of, unit_of
 from .threshold import cut_of, kept_of, load_bits, sum_of
-from .tiles import arch_of, next_power_of_2
+from .tiles import next_power_of_2
 
 IN_REGISTERS = 16384  # scores that a program keeps in registers; longer rows are read again in every step
 
@@ -61,7 +60,6 @@ def _rank_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     LISTED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """KEPT of every WIDTH candidates are among the best, if those are given."""
     line = tl.program_id(0).to(tl.int64)  # [units, C, H, rows]
@@ -72,8 +70,6 @@ def _rank_kernel(
     blocks = tl.where(i_c == 0, blocks_0, blocks_1)
     n, low, high, room, first_own, overlapped = free_of(row, unit, NC, sink, local, blocks, FORM)
     wanted = tl.where(i_c == 0, wanted_0, wanted_1)
-    if OVERLAP:
-        gdc_wait()  # for the scores
     if row >= tl.cdiv(unit.Tq, FORM.block_m):
         return
 
@@ -179,7 +175,6 @@ def rank(
         entries, width = stretches * kept, best.width
     block = min(IN_REGISTERS, max(16, next_power_of_2(entries)))
     warps, step = workers(block, rows)
-    overlap = arch_of(scores.device) >= 90  # begins while the scores are still made
     _rank_kernel[(rows,)](
         scores,
         None if best is None else best.scores,
@@ -208,7 +203,5 @@ def rank(
         BLOCK=block,
         STEP=step,
         LISTED=next_power_of_2(NB),
-        OVERLAP=overlap,
         num_warps=warps,
-        **({"launch_pdl": True} if overlap else {}),
     )
