@@ -5,6 +5,8 @@ Outputs are poisoned: memory that a kernel allocates starts as NaN.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,26 +27,55 @@ def _poison():
     torch.use_deterministic_algorithms(False)
 
 
-def triton_backend(selection=None, *, scale=None, window=None, cu_seqlens_q=None, cu_seqlens_k=None):
-    def attention(q, k, v, lam_logit):
-        return ops.triton_attention(
-            q,
-            k,
-            v,
-            lam_logit,
-            selection,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            window=window,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        )
+class Kernels(NamedTuple):
+    """A backend and sizes that it takes. Under another fixture `kernels`, the same bodies test other kernels."""
 
-    return attention
+    attend: Callable
+    dtype: torch.dtype
+    D: int
+    block_n: int
+
+    def __call__(self, selection=None, *, scale=None, window=None, cu_seqlens_q=None, cu_seqlens_k=None):
+        def attention(q, k, v, lam_logit):
+            return self.attend(
+                q,
+                k,
+                v,
+                lam_logit,
+                selection,
+                scale=q.shape[-1] ** -0.5 if scale is None else scale,
+                window=window,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+            )
+
+        return attention
+
+    def tokens(self, n):
+        """As many more tokens as blocks are larger than 16, but for the last few."""
+        return n if self.block_n == 16 or n == 1 else n * self.block_n // 16 - 3
+
+    def inputs(self, B, T, S, HQ, H, **options):
+        return qkv(B, self.tokens(T), self.tokens(S), HQ, H, self.D, dtype=self.dtype, **options)
+
+    def lists(self, B, T, S, H, *, block_m=16, **options):
+        sizes = {"block_m": max(1, block_m * self.block_n // 16), "block_n": self.block_n}
+        return random_selection(B, self.tokens(T), self.tokens(S), H, **sizes, **options)
+
+    def check(self, inputs, selection=None, *, gradients=True, **options):
+        assert_within_budget(self(selection, **options), inputs, selection, gradients=gradients, **options)
+
+
+TRITON = Kernels(ops.triton_attention, torch.float32, 16, 16)
 
 
 def check(sizes, selection=None, *, dtype=torch.float32, device, differential=True, **options):
-    inputs = qkv(*sizes, dtype=dtype, device=device, differential=differential)
-    assert_within_budget(triton_backend(selection, **options), inputs, selection, **options)
+    TRITON.check(qkv(*sizes, dtype=dtype, device=device, differential=differential), selection, **options)
+
+
+@pytest.fixture
+def kernels():
+    return TRITON
 
 
 SHAPES = [  # B, T, S, HQ, H, D, block_m, block_n
@@ -82,37 +113,42 @@ def test_ordinary_attention_with_any_group(shape, device):
     check(sizes, selection, differential=False, device=device)
 
 
-@pytest.mark.parametrize(("sizes", "window"), [((1, 90, 90, 4, 2, 16), 7), ((2, 33, 190, 4, 1, 16), 100)])
-def test_window(sizes, window, device):
-    check(sizes, window=window, device=device)
+@pytest.mark.parametrize(("sizes", "window"), [((1, 90, 90, 4, 2), 7), ((2, 33, 190, 4, 1), 100)])
+def test_window(sizes, window, kernels, device):
+    kernels.check(kernels.inputs(*sizes, device=device), window=kernels.tokens(window))
 
 
-def test_window_and_selection_is_their_intersection(device):
-    check((1, 64, 64, 4, 2, 16), random_selection(1, 64, 64, 2, C=2, device=device), window=20, device=device)
+def test_window_and_selection_is_their_intersection(kernels, device):
+    selection = kernels.lists(1, 64, 64, 2, C=2, device=device)
+    kernels.check(kernels.inputs(1, 64, 64, 4, 2, device=device), selection, window=kernels.tokens(20))
 
 
-@pytest.mark.parametrize("sizes", [(2, 70, 170, 4, 2, 16), (5, 1, 50, 8, 2, 16)])
-def test_dense(sizes, device):
-    check(sizes, device=device)
+@pytest.mark.parametrize("sizes", [(2, 70, 170, 4, 2), (5, 1, 50, 8, 2)])
+def test_dense(sizes, kernels, device):
+    kernels.check(kernels.inputs(*sizes, device=device))
 
 
-@pytest.mark.parametrize("ahead", [14, 15, 16, 62])
-def test_full_lists_are_dense_attention(ahead, device):
+@pytest.mark.parametrize(("blocks", "less"), [(1, 2), (1, 1), (1, 0), (4, 2)])
+def test_full_lists_are_dense_attention(blocks, less, kernels, device):
     """With a row's first token just before, on and just after the last key of a block, of the lists or of a tile."""
-    T, S = 32, 32 + ahead
-    NN = -(-S // 16)
+    n = kernels.block_n
+    T, S = 2 * n, 2 * n + blocks * n - less
+    NN = -(-S // n)
     indices = torch.arange(NN, dtype=torch.int32, device=device).expand(1, 1, 2, 2, NN).contiguous()
-    full = BlockSelection(indices, torch.full((1, 1, 2, 2), NN, dtype=torch.int32, device=device), 16, 16)
-    check((1, T, S, 4, 2, 16), full, device=device)
-    check((1, T, S, 4, 2, 16), device=device)
+    full = BlockSelection(indices, torch.full((1, 1, 2, 2), NN, dtype=torch.int32, device=device), n, n)
+    inputs = qkv(1, T, S, 4, 2, kernels.D, dtype=kernels.dtype, device=device)
+    kernels.check(inputs, full)
+    kernels.check(inputs)
 
 
 @pytest.mark.parametrize("scale", [0.7, -0.3, 0.0])
-def test_scale(scale, device):
-    check((1, 20, 40, 4, 2, 16), scale=scale, device=device)
+def test_scale(scale, kernels, device):
+    kernels.check(kernels.inputs(1, 20, 40, 4, 2, device=device), scale=scale)
 
 
-def packed_case(kind, device, *, C=2, block_m=16, H=2, lengths_q=(33, 1, 16, 50), lengths_k=(40, 70, 16, 50)):
+def packed_case(
+    kind, device, *, C=2, block_m=16, block_n=16, H=2, lengths_q=(33, 1, 16, 50), lengths_k=(40, 70, 16, 50)
+):
     """Bounds, options and selection of a packed call."""
     cu = {
         f"cu_seqlens_{n}": torch.tensor([0, *x], device=device).cumsum(0).int()
@@ -122,27 +158,30 @@ def packed_case(kind, device, *, C=2, block_m=16, H=2, lengths_q=(33, 1, 16, 50)
         cu["window"] = 12
     if kind != "selection":
         return cu, None
-    parts = [random_selection(1, t, s, H, NB=3, C=C, block_m=block_m) for t, s in zip(lengths_q, lengths_k)]
+    sizes = {"NB": 3, "C": C, "block_m": block_m, "block_n": block_n}
+    parts = [random_selection(1, t, s, H, **sizes) for t, s in zip(lengths_q, lengths_k)]
     wide = [torch.nn.functional.pad(p.indices, (0, 3 - p.indices.shape[-1])) for p in parts]
     indices, counts = torch.cat(wide, 3), torch.cat([p.counts for p in parts], 3)
-    return cu, BlockSelection(indices.to(device), counts.to(device), block_m, 16)
+    return cu, BlockSelection(indices.to(device), counts.to(device), block_m, block_n)
 
 
 @pytest.mark.parametrize(("kind", "block_m"), [("selection", 16), ("selection", 1), ("window", 0), ("dense", 0)])
-def test_packed(kind, block_m, device):
-    options, selection = packed_case(kind, device, block_m=block_m)
-    check((1, 100, 176, 4, 2, 16), selection, device=device, **options)
+def test_packed(kind, block_m, kernels, device):
+    options, selection = packed_case(kind, device, block_m=block_m, block_n=kernels.block_n)
+    inputs = qkv(1, 100, 176, 4, 2, kernels.D, dtype=kernels.dtype, device=device)
+    kernels.check(inputs, selection, **options)
 
 
 @pytest.mark.parametrize("C", [1, 2])
-def test_entries_that_name_no_other_block_are_skipped(C, device):
-    inputs = qkv(1, 32, 32, 4, 2, 16, device=device)
-    do = torch.randn(1, 32, 2, 16, device=device)
+def test_entries_that_name_no_other_block_are_skipped(C, kernels, device):
+    n = kernels.block_n
+    inputs = qkv(1, 2 * n, 2 * n, 4, 2, kernels.D, dtype=kernels.dtype, device=device)
+    do = torch.randn(1, 2 * n, 2, kernels.D, device=device)
 
     def run(blocks, count):
         indices = torch.tensor(blocks, dtype=torch.int32, device=device).expand(1, C, 2, 2, len(blocks))
         counts = torch.full((1, C, 2, 2), count, dtype=torch.int32, device=device)
-        return forward_backward(triton_backend(BlockSelection(indices.contiguous(), counts, 16, 16)), inputs, do)
+        return forward_backward(kernels(BlockSelection(indices.contiguous(), counts, n, n)), inputs, do)
 
     exact = run([0, 1], 2)
     broken = ([-5, 0, 1, 7, 2**31 - 1], 5), ([0, 1], 2**30), ([-(2**31), 0, 1, 2], 4)
@@ -151,58 +190,61 @@ def test_entries_that_name_no_other_block_are_skipped(C, device):
             torch.testing.assert_close(x, y)
 
 
-def test_empty_lists_give_zero_and_no_gradient(device):
-    inputs = qkv(1, 32, 32, 4, 2, 16, device=device)
+def test_empty_lists_give_zero_and_no_gradient(kernels, device):
+    n = kernels.block_n
+    inputs = qkv(1, 2 * n, 2 * n, 4, 2, kernels.D, dtype=kernels.dtype, device=device)
     nothing = BlockSelection(
         torch.zeros(1, 2, 2, 2, 1, dtype=torch.int32, device=device),
         torch.zeros(1, 2, 2, 2, dtype=torch.int32, device=device),
-        16,
-        16,
+        n,
+        n,
     )
-    o, lse, *gradients = forward_backward(triton_backend(nothing), inputs, torch.randn(1, 32, 2, 16, device=device))
+    do = torch.randn(1, 2 * n, 2, kernels.D, device=device)
+    o, lse, *gradients = forward_backward(kernels(nothing), inputs, do)
     assert (o == 0).all()
     assert (lse == float("-inf")).all()
     assert all((x == 0).all() for x in gradients)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_no_number_stays_where_it_was(device):
-    selection = random_selection(1, 20, 64, 1, NB=3, block_m=1, device=device, empty=False)
-    q, k, v, lam = qkv(1, 20, 64, 4, 1, 16, device=device)
-    clean, _ = triton_backend(selection)(q, k, v, lam)
+def test_no_number_stays_where_it_was(kernels, device):
+    selection = kernels.lists(1, 20, 64, 1, NB=3, block_m=1, device=device, empty=False)
+    q, k, v, lam = kernels.inputs(1, 20, 64, 4, 1, device=device)
+    clean, _ = kernels(selection)(q, k, v, lam)
     q[0, 5, 2] = float("nan")
-    o, lse = triton_backend(selection)(q, k, v, lam)
+    o, lse = kernels(selection)(q, k, v, lam)
     assert o[0, 5, 1].isnan().all()
     assert lse[0, 2, 5].isnan()
     o[0, 5, 1], clean[0, 5, 1] = 0, 0
     assert torch.equal(o, clean)
 
 
-def test_same_inputs_same_bits(device):
-    selection = random_selection(1, 20, 40, 2, C=2, block_m=1, device=device)
-    inputs, do = qkv(1, 20, 40, 8, 2, 16, device=device), torch.randn(1, 20, 4, 16, device=device)
-    runs = [forward_backward(triton_backend(selection), inputs, do) for _ in range(2)]
+def test_same_inputs_same_bits(kernels, device):
+    selection = kernels.lists(1, 20, 40, 2, C=2, block_m=1, device=device)
+    inputs = kernels.inputs(1, 20, 40, 8, 2, device=device)
+    do = torch.randn(1, kernels.tokens(20), 4, kernels.D, device=device)
+    runs = [forward_backward(kernels(selection), inputs, do) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-def test_any_strides(device):
-    selection = random_selection(1, 40, 40, 2, device=device)
-    q, k, v, lam = qkv(1, 40, 40, 4, 2, 16, device=device)
+def test_any_strides(kernels, device):
+    selection = kernels.lists(1, 40, 40, 2, device=device)
+    q, k, v, lam = kernels.inputs(1, 40, 40, 4, 2, device=device)
     strided = (
         q.transpose(1, 2).contiguous().transpose(1, 2),
         k.mT.contiguous().mT,
         v[:, :, :, :],
         lam.mT.contiguous().mT,
     )
-    do = torch.randn(1, 1, 1, 1, device=device).expand(1, 40, 2, 16)
-    for x, y in zip(*(forward_backward(triton_backend(selection), i, do) for i in ((q, k, v, lam), strided))):
+    do = torch.randn(1, 1, 1, 1, device=device).expand(1, q.shape[1], 2, kernels.D)
+    for x, y in zip(*(forward_backward(kernels(selection), i, do) for i in ((q, k, v, lam), strided))):
         assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("differential", [True, False])
-def test_more_heads_than_a_tile(differential, device):
-    selection = random_selection(1, 10, 20, 1, block_m=4, device=device)
-    check((1, 10, 20, 140, 1, 16), selection, differential=differential, device=device)
+def test_more_heads_than_a_tile(differential, kernels, device):
+    selection = kernels.lists(1, 10, 20, 1, block_m=4, device=device)
+    kernels.check(kernels.inputs(1, 10, 20, 140, 1, device=device, differential=differential), selection)
 
 
 def test_obstacles(device, monkeypatch):
@@ -223,11 +265,12 @@ def test_operators(differential, device):
     torch.library.opcheck(ops._attention, (q, k, v, lam, None, None, None, None, 0, 0, 0.25, 9, True))
 
 
-def test_compiles_whole(device):
-    selection = random_selection(1, 20, 40, 2, C=2, device=device)
-    inputs, do = qkv(1, 20, 40, 4, 2, 16, device=device), torch.randn(1, 20, 2, 16, device=device)
-    compiled = torch.compile(triton_backend(selection), fullgraph=True, backend="aot_eager")
-    eager, graph = (forward_backward(f, inputs, do) for f in (triton_backend(selection), compiled))
+def test_compiles_whole(kernels, device):
+    selection = kernels.lists(1, 20, 40, 2, C=2, device=device)
+    inputs = kernels.inputs(1, 20, 40, 4, 2, device=device)
+    do = torch.randn(1, kernels.tokens(20), 2, kernels.D, device=device)
+    compiled = torch.compile(kernels(selection), fullgraph=True, backend="aot_eager")
+    eager, graph = (forward_backward(f, inputs, do) for f in (kernels(selection), compiled))
     assert all(torch.equal(a, b) for a, b in zip(eager, graph))
 
 
@@ -267,11 +310,11 @@ def test_grid_packed(D, block_m):
 
 
 @pytest.mark.gpu
-def test_beyond_two_billion_elements():
+def test_beyond_two_billion_elements(kernels):
     T, window = 300_000, 64
     q, k, v = (torch.randn(1, T, h, 128, dtype=torch.bfloat16, device="cuda").requires_grad_() for h in (64, 8, 8))
     lam = torch.randn(1, T, 32, dtype=torch.bfloat16, device="cuda").requires_grad_()
-    o, lse = triton_backend(window=window)(q, k, v, lam)
+    o, lse = kernels(window=window)(q, k, v, lam)
     do = torch.zeros_like(o)
     do[:, -100:] = torch.randn_like(do[:, -100:])
     got = torch.autograd.grad(o, (q, k, v, lam), do)
