@@ -1,12 +1,13 @@
 # make demo   a trained model finds needles in real text; table and heat map under demo/
 # make test   every test that needs no GPU
 # make lint   ruff
+# make compile   every kernel that "hopper" may launch, for that GPU without one: no spills, products in flight (minutes)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint compile clean
 
 demo: $(READY)
 	$(BIN)/diffv2-sparse niah --output demo
@@ -18,7 +19,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# One environment for all three, built again only when its description changes.
+compile: $(READY)
+	$(BIN)/python -m tests.compile_hopper all
+
+# One environment for all, built again only when its description changes.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch triton

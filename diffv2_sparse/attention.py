@@ -20,7 +20,8 @@ from .selection import BlockSelection, check_cu_seqlens
 if TYPE_CHECKING:
     from .cache import PagedKV
 
-BACKENDS = ("auto", "triton", "torch", "flex", "flash", "reference")
+BACKENDS = ("auto", "hopper", "triton", "torch", "flex", "flash", "reference")
+KERNELS = ("triton",)  # which of ours "auto" takes on CUDA: the first that can
 PAGED_BACKENDS = ("auto", "triton", "torch")
 
 
@@ -49,8 +50,9 @@ def diff_attention(
             `selection.validate` on hand-built lists. Together with `window` it is their intersection.
         scale: of the logits; D ** -0.5 by default.
         window: a token sees itself and the `window − 1` before it.
-        backend: "auto", "triton" (CUDA), "torch" (any device), "flex" (FlexAttention), "flash" (flash-attn; dense and
-            windowed) or "reference".
+        backend: "auto", "hopper" (H100 and H200; 16 bit, heads of 64 or 128, key blocks of 64 or 128), "triton"
+            (CUDA), "torch" (any device), "flex" (FlexAttention), "flash" (flash-attn; dense and windowed) or
+            "reference".
         return_lse: also return the log-sum-exp of each head's logits; no gradient flows through it.
         cu_seqlens_q, cu_seqlens_k: int32 `[N + 1]`, bounds of N packed sequences; then q is `[1, ΣT, HQ, D]`, k and v
             `[1, ΣS, H, D]`.
@@ -92,12 +94,14 @@ def diff_attention(
         if packed:
             raise ValueError('backend: "flex" takes no cu_seqlens; "torch" does')
         return flex_attention(*inputs, selection, **span, return_lse=return_lse)
-    if backend == "triton":
-        from .ops import obstacle, triton_attention
+    if backend in ("hopper", "triton"):
+        from .ops import hopper_attention, triton_attention
 
-        if reason := obstacle(q):
-            raise ValueError(f'backend: "triton": {reason}; "torch" would do')
-        o, lse = triton_attention(*inputs, selection, **span, **bounds)
+        if reason := _kernels_obstacle(backend, q, selection):
+            instead = "triton" if backend == "hopper" else "torch"
+            raise ValueError(f'backend: "{backend}": {reason}; "{instead}" would do')
+        attend = hopper_attention if backend == "hopper" else triton_attention
+        o, lse = attend(*inputs, selection, **span, **bounds, return_lse=return_lse)
         return (o, lse) if return_lse else o
     if plain and (q.shape[1] in (1, k.shape[1]) or q.is_cuda):
         from .adapters import sdpa_attention
@@ -186,9 +190,15 @@ def _automatic(q: Tensor, selection: BlockSelection | None, plain: bool) -> str:
 
         if flash_available():
             return "flash"
-    from .ops import obstacle
+    if plain:
+        return "torch"
+    return next((name for name in KERNELS if not _kernels_obstacle(name, q, selection)), "torch")
 
-    return "torch" if plain or obstacle(q) else "triton"
+
+def _kernels_obstacle(backend: str, q: Tensor, selection: BlockSelection | None) -> str | None:
+    from .ops import hopper_obstacle, obstacle
+
+    return hopper_obstacle(q, selection) if backend == "hopper" else obstacle(q)
 
 
 def _check_call(q, k, v, lam_logit, selection, window, cu_seqlens_q, cu_seqlens_k) -> bool:

@@ -1,8 +1,8 @@
-"""Backend "triton": the fused kernels as operators that autograd and torch.compile understand.
+"""Backends "triton" and "hopper": the fused kernels as operators that autograd and torch.compile understand.
 
 `torch.library` operators, each a direct launch of `kernels/` (imported when first called): attention, forward and
-backward, decoding, the choice of blocks and their summaries. Lists pass no gradient, and neither does lse. Source of
-the formulas: the kernels.
+backward, decoding, the choice of blocks and their summaries. Lists pass no gradient, and neither does lse. "hopper" has
+a forward of its own, for fewer shapes. Source of the formulas: the kernels.
 """
 
 from __future__ import annotations
@@ -32,6 +32,23 @@ def obstacle(q: Tensor) -> str | None:
     return None
 
 
+def hopper_obstacle(q: Tensor, selection: BlockSelection | None) -> str | None:
+    """What keeps the Hopper kernels from such a call, in words; None if nothing does."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 and bfloat16, not in {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"it takes heads of 64 or 128 dimensions, not {q.shape[-1]}"
+    if selection is not None and selection.block_n not in (64, 128):
+        return f"it takes blocks of 64 or 128 keys, not {selection.block_n}"
+    if not q.is_cuda:
+        return f"it needs tensors on a GPU, not on {q.device}"
+    try:
+        from .kernels.hopper.probe import obstacle
+    except ImportError:
+        return "it needs triton, which is not installed"
+    return obstacle(q.device.index)
+
+
 def triton_attention(
     q: Tensor,
     k: Tensor,
@@ -43,18 +60,40 @@ def triton_attention(
     window: int | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as `diff_attention`, already validated. Returns o `[B, T, HO, D]` and lse `[B, HQ, T]`; differentiable
-    but for lse.
+    """Arguments as `diff_attention`, already validated. Returns o `[B, T, HO, D]` and lse `[B, HQ, T]`, which is only
+    sure to be there if asked for; differentiable but for lse.
     """
+    bounds = cu_seqlens_q, cu_seqlens_k
+    return _fused(q, k, v, lam_logit, selection, bounds, scale, window, return_lse, hopper=False)
+
+
+def hopper_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam_logit: Tensor | None,
+    selection: BlockSelection | None,
+    *,
+    scale: float,
+    window: int | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Like `triton_attention`, for calls without `hopper_obstacle`."""
+    bounds = cu_seqlens_q, cu_seqlens_k
+    return _fused(q, k, v, lam_logit, selection, bounds, scale, window, return_lse, hopper=True)
+
+
+def _fused(q, k, v, lam_logit, selection, bounds, scale, window, return_lse, *, hopper) -> tuple[Tensor, Tensor]:
     q, scale = _scaled_up(q, scale)
-    indices, counts, block_m, block_n = None, None, 0, 0
+    lists = None, None, *bounds, 0, 0
     if selection is not None:
-        indices, counts, block_m, block_n = selection.indices, selection.counts, selection.block_m, selection.block_n
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, lam_logit))
-    o, lse, _ = _attention(
-        q, k, v, lam_logit, indices, counts, cu_seqlens_q, cu_seqlens_k, block_m, block_n, scale, window, needs_gradient
-    )
+        lists = selection.indices, selection.counts, *bounds, selection.block_m, selection.block_n
+    backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, lam_logit))
+    o, lse, _ = _attention(q, k, v, lam_logit, *lists, scale, window, backward, return_lse or backward, hopper)
     return o, lse.detach()
 
 
@@ -99,21 +138,43 @@ def _attention(
     scale: float,
     window: int | None,
     save_noise: bool,
+    save_lse: bool = True,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, lse and, with `save_noise`, the noise half before λ, which the backward needs (else empty)."""
-    from .kernels.forward import forward
+    """o, and what the backward needs: lse, and the noise half before λ; each empty unless it is to be saved."""
+    if hopper:
+        from .kernels.hopper.forward import forward
+    else:
+        from .kernels.forward import forward
 
     domain = _domain(q, k, indices, counts, cu_q, cu_k, block_m, block_n, window)
     with _on(q):
-        return forward(*map(_rows, (q, k, v)), lam_logit, domain, scale, save_noise=save_noise)
+        inputs = *map(_rows, (q, k, v)), lam_logit, domain, scale
+        return forward(*inputs, save_noise=save_noise, save_lse=save_lse)
 
 
 @_attention.register_fake
-def _(q, k, v, lam_logit, indices, counts, cu_q, cu_k, block_m, block_n, scale, window, save_noise):
+def _(
+    q,
+    k,
+    v,
+    lam_logit,
+    indices,
+    counts,
+    cu_q,
+    cu_k,
+    block_m,
+    block_n,
+    scale,
+    window,
+    save_noise,
+    save_lse=True,
+    hopper=False,
+):
     B, T, HQ, D = q.shape
     o = q.new_empty(B, T, HQ if lam_logit is None else HQ // 2, D)
     o_noise = torch.empty_like(o) if save_noise and lam_logit is not None else o.new_empty(0)
-    return o, q.new_empty(B, HQ, T, dtype=torch.float32), o_noise
+    return o, q.new_empty((B, HQ, T) if save_lse else 0, dtype=torch.float32), o_noise
 
 
 @torch.library.custom_op("diffv2_sparse::attention_backward", mutates_args=())
@@ -153,8 +214,8 @@ def _(do, q, k, v, lam_logit, o, lse, o_noise, indices, counts, cu_q, cu_k, bloc
 
 
 def _save(ctx, inputs, output):
-    q, k, v, lam_logit, indices, counts, cu_q, cu_k, *ctx.options, save_noise = inputs
-    if lam_logit is not None and not save_noise:
+    q, k, v, lam_logit, indices, counts, cu_q, cu_k, *ctx.options, save_noise, save_lse, _ = inputs
+    if not save_lse or (lam_logit is not None and not save_noise):
         output = None
     ctx.saved = output is not None
     ctx.differential = lam_logit is not None
@@ -163,9 +224,9 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, do, *_):
     if not ctx.saved:
-        raise RuntimeError("diffv2_sparse::attention: a backward needs save_noise=True in the forward")
+        raise RuntimeError("diffv2_sparse::attention: a backward needs save_noise and save_lse in the forward")
     dq, dk, dv, dlam = _attention_backward(do, *ctx.saved_tensors, *ctx.options)
-    return dq, dk, dv, dlam if ctx.differential else None, *(None,) * 9
+    return dq, dk, dv, dlam if ctx.differential else None, *(None,) * 11
 
 
 _attention.register_autograd(_gradients, setup_context=_save)

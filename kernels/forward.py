@@ -120,6 +120,7 @@ def _forward_kernel(
     DIFF: tl.constexpr,
     C: tl.constexpr,
     APART: tl.constexpr,
+    SAVE_LSE: tl.constexpr,
     SAVE_NOISE: tl.constexpr,
     LISTS: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -192,7 +193,8 @@ def _forward_kernel(
             KEYS,
             D,
         )
-        tl.store(lse + (i_b * HQ + hq) * T + t, lse_log2 * LN2, mask=live)
+        if SAVE_LSE:
+            tl.store(lse + (i_b * HQ + hq) * T + t, lse_log2 * LN2, mask=live)
         if APART:
             pair = i_h * (G // 2) + head // 2
             o_offs = ((i_b * T + t) * (HQ // 2) + pair)[:, None] * D + dims[None, :]
@@ -230,17 +232,25 @@ def _forward_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, lam_logit: Tensor | None, domain: Domain, scale: float, *, save_noise: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam_logit: Tensor | None,
+    domain: Domain,
+    scale: float,
+    *,
+    save_noise: bool,
+    save_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over `domain`, for validated inputs.
 
     Args:
         q: `[B, T, HQ, D]`; k, v: `[B, S, H, D]`, each with D contiguous; lam_logit `[B, T, HQ // 2]` or None.
         scale: of the logits, > 0.
-        save_noise: also return what the backward needs.
+        save_noise, save_lse: also return what the backward needs.
 
     Returns:
-        o `[B, T, HO, D]`, lse float32 `[B, HQ, T]`, and the noise half before λ, like o (empty unless save_noise).
+        o `[B, T, HO, D]`, lse float32 `[B, HQ, T]`, and the noise half before λ, like o; each empty unless saved.
     """
     B, T, HQ, D = q.shape
     H = k.shape[2]
@@ -249,7 +259,7 @@ def forward(
     o = torch.empty(B, T, HQ // 2 if diff else HQ, D, dtype=q.dtype, device=q.device)
     save_noise = save_noise and diff
     o_noise = torch.empty_like(o) if save_noise else o.new_empty(0)
-    lse = torch.empty(B, HQ, T, dtype=torch.float32, device=q.device)
+    lse = torch.empty((B, HQ, T) if save_lse else 0, dtype=torch.float32, device=q.device)
     arch = arch_of(q.device)
     described = takes_descriptors(domain, arch, k, v)
     phase = "forward" if described else "forward_pointers"
@@ -283,6 +293,7 @@ def forward(
         DIFF=diff,
         C=lists.classes,
         APART=apart,
+        SAVE_LSE=save_lse,
         SAVE_NOISE=save_noise,
         DESCRIBED=described,
         SUB=sub,

@@ -70,8 +70,8 @@ def sequence_of(i, table, cu_q, cu_k, T, S, PACKED: tl.constexpr):
     else:
         sequence = 0
         own = i.to(tl.int32)
-        q0 = tl.full((), 0, tl.int32)
-        k0 = tl.full((), 0, tl.int32)
+        q0 = tl.cast(0, tl.int32)
+        k0 = tl.cast(0, tl.int32)
         Tq = T
         Sk = S
     return own, sequence, q0.to(tl.int64), Tq, k0.to(tl.int64), Sk
@@ -129,6 +129,13 @@ def walk_of(
 
 
 @triton.jit
+def tile_start(e, clear, low, clear_from):
+    """Step `e` of a walk without lists, in key tiles."""
+    rest = low + e - clear
+    return tl.where(e < clear, clear_from + e, tl.where(rest < clear_from, rest, rest + clear))
+
+
+@triton.jit
 def keys_of(
     e,
     entries,
@@ -161,9 +168,7 @@ def keys_of(
             start = block_start + (e % SUB) * KEYS
             block_end = tl.minimum(block_start + BLOCK_N, Sk)
         else:
-            rest = low + e - clear
-            rest = tl.where(rest < clear_from, rest, rest + clear)
-            start = tl.where(e < clear, clear_from + e, rest) * KEYS
+            start = tile_start(e, clear, low, clear_from) * KEYS
         key = start + offs
     return key, start, block_end
 

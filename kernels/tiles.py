@@ -102,6 +102,13 @@ def query_tile(
     return tile, Packing(heads, max(tokens, 16 // heads), cdiv(group, heads), rows)
 
 
+def fixed_packing(rows: int, group: int, block_m: int) -> Packing:
+    """How `group` heads fill a tile that always has `rows` query vectors."""
+    heads = min(next_power_of_2(group), rows)
+    tokens = rows // heads
+    return Packing(heads, tokens, cdiv(group, heads), max(1, min(tokens // block_m, MOST_ROWS)))
+
+
 def fills_a_tile(phase: str, group: int, block_m: int, head_dim: int, dtype: torch.dtype, arch: int) -> bool:
     """Whether one row of a selection has enough tokens × heads to walk its list alone."""
     return block_m * next_power_of_2(group) >= tile_sizes(head_dim, dtype, arch, phase + "_union").rows

@@ -30,16 +30,21 @@ class NamedTarget:
         return 0
 
 
+def pretend(arch: int) -> None:
+    """Has launches compile for a GPU, and do no more."""
+    triton.runtime.driver.set_active(NamedTarget(arch))
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: kernel.warmup(*args, grid=grid, **kwargs)
+
+
 def compile_all(arch: int) -> None:
     # imported for its launchers, so that `arch_of` can be set everywhere
     from diffv2_sparse.kernels import backward, choose, decode, forward, summaries, tiles  # noqa: F401
 
-    triton.runtime.driver.set_active(NamedTarget(arch))
+    pretend(arch)
     tiles_of = tiles.arch_of
     for module in [m for name, m in sys.modules.items() if name.startswith("diffv2_sparse.kernels")]:
         if getattr(module, "arch_of", None) is tiles_of:
             module.arch_of = lambda device: arch
-    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: kernel.warmup(*args, grid=grid, **kwargs)
     call_all("cpu")
 
 

@@ -1,7 +1,7 @@
 """A small call of every kernel, in the forms that are compiled apart.
 
 On a GPU: `compute-sanitizer --tool memcheck python -m tests.every_kernel`, and the same with racecheck. Without one,
-`compile_offline` makes the same calls.
+`compile_offline` makes the same calls, but for the Hopper kernels, which have `compile_hopper`.
 """
 
 import math
@@ -40,8 +40,13 @@ def attend(device, T, HQ, H, D, differential, options) -> None:
     if options is not None:
         selection, window = select_blocks(*inputs[:2], budget=TopK(4), local_blocks=1, **options), None
     bounds = {"cu_seqlens_q": None, "cu_seqlens_k": None}
-    o, _ = ops.triton_attention(*inputs, selection, scale=D**-0.5, window=window, **bounds)
-    o.backward(torch.ones_like(o))
+    for attention, obstacle in (
+        (ops.triton_attention, None),
+        (ops.hopper_attention, ops.hopper_obstacle(inputs[0], selection)),
+    ):
+        if obstacle is None:
+            o, _ = attention(*inputs, selection, scale=D**-0.5, window=window, **bounds)
+            o.backward(torch.ones_like(o))
 
 
 def decode(device, T, HQ, H, D, differential, block_n, lists) -> None:

@@ -1,0 +1,313 @@
+"""Fused forward of block-sparse differential attention for Hopper, warp-specialised, in Gluon.
+
+The same tiles, walks and formulas as `kernels/forward.py`, but each of a program's warps has one job:
+
+    producer   1 warp        follows the walk and has the copy engine (TMA) bring tiles of K and V into rings
+    consumers  4 warps each  take 64 of the tile's 128 query vectors: logits, online softmax, weighted sum, output
+
+Products run on their own (wgmma) while a consumer goes on: it asks for the logits of the next tile before it asks for
+the weighted sum of this one, and waits for the logits alone. Two consumers keep the tensor cores busy: while one is at
+its softmax, the other's products run. In time, S logits, O weighted sum, ~ softmax:
+
+    producer      K0 K1 V0    K2 V1    K3 V2    ...              each as soon as its stage of the ring is free
+    consumer A       S0 ~~~~~ S1 O0 ~~~~~ S2 O1 ~~~~~ S3 O2 ...
+    consumer B          S0 ~~~~~ S1 O0 ~~~~~ S2 O1 ~~~~~ S3 O2 ...
+    tensor cores     A  B     A  A  B  B  A  A  B  B  A  A  ...
+
+Registers decide the order of a step. Of a thread's 240, the sum takes 64, the logits 64 and the rounded weights 32, but
+the weights before they are rounded another 64. Left to itself the compiler rounds them late, after the next logits have
+been asked for, and spills. So weights cross the end of a step rounded, as pairs that fill a register (as single 16-bit
+values they would be packed again and again). And they are rounded after the wait for the sum that reads the pairs
+before: else the compiler waits for every single product, and says so (ptxas C7513).
+
+Signal and noise of a pair stand eight rows apart: the tensor cores give rows r and r + 8 to one thread, which subtracts
+without a message. Where each class has its own list and fills tiles alone, one launch computes the noise heads, and a
+second the signal heads, from which it subtracts what the first has written.
+
+Source: FlashAttention-3 (Shah et al., arXiv 2407.08608) for the roles and the order; microsoft/unilm's
+Diff-Transformer-V2 for the formula.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from ..domain import Domain, Lists
+from ..primitives import LN2, LOG2E, sequence_of, softmax_step, strides_of, tile_of
+from ..tiles import fixed_packing, next_power_of_2
+from .queries import CONSUMERS, ROWS, Form, Queries, outputs_of, rows_of, signal_and_noise
+from .ring import describe_blocks, fill, filled_tile, leave, new_ring
+from .walk import KEYS, begin_walk, bits_of, starts_of, unchosen_hidden, unseen_hidden
+
+
+@gluon.jit
+def _produce(k_source, v_source, k_ring, v_ring, walk, i_b, i_h, k0, Sk, form: gl.constexpr):
+    """Brings K a tile ahead of V, in the order in which the consumers leave them."""
+    starts = starts_of(walk, 0, form)
+    fill(k_ring, 0, k_source, starts, i_b, i_h, k0, Sk, form)
+    for i in range(walk.tiles):
+        following = starts_of(walk, i + 1, form)
+        if i + 1 < walk.tiles:
+            fill(k_ring, i + 1, k_source, following, i_b, i_h, k0, Sk, form)
+        fill(v_ring, i, v_source, starts, i_b, i_h, k0, Sk, form)
+        starts = following
+
+
+@gluon.jit
+def _pack(weights, dtype: gl.constexpr):
+    """Neighbours in one int32, `[ROWS, KEYS / 2]`, rounded to dtype."""
+    even, odd = weights.reshape([ROWS, KEYS // 2, 2]).split()
+    ROUND: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(ROUND, "=r,r,r", [even, odd], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _unpack(pairs, dtype: gl.constexpr, layout: gl.constexpr):
+    """The weights again, `[ROWS, KEYS]`; costs no instruction."""
+    twice = gl.join(pairs, pairs).reshape([ROWS, KEYS])
+    weights = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [twice], dtype=dtype.value, is_pure=True, pack=2)
+    return gl.convert_layout(weights, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _consume(consumer: gl.constexpr, queries, q_tiles, k_ring, v_ring, walk, form: gl.constexpr):
+    D: gl.constexpr = form.D
+    dtype: gl.constexpr = q_tiles.dtype
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
+    dims = gl.arange(0, D, gl.SliceLayout(0, WIDE))
+
+    token, head = rows_of(consumer, gl.SliceLayout(1, WIDE), form)
+    live = (token < queries.tokens) & (head < queries.heads)
+    q_at = queries.q + (token.to(gl.int64) * queries.q_t + head.to(gl.int64) * queries.q_h)[:, None] + dims[None, :]
+    q_tile = q_tiles.index(consumer)
+    q_tile.store(gl.load(q_at, mask=live[:, None], other=0.0))
+    fence_async_shared()
+
+    token, head = rows_of(consumer, gl.SliceLayout(1, LOGITS), form)
+    live = (token < queries.tokens) & (head < queries.heads)
+    pos = queries.pos + token
+    bit = (queries.skipped + token) // form.BLOCK_M * form.C + head % form.C
+    key = gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS))
+    if form.DIFF and form.HEADS_OF != "noise":
+        lam_at = token.to(gl.int64) * queries.lam_t + (head // 2).to(gl.int64) * queries.lam_h
+        lam = tl.sigmoid(gl.load(queries.lam_logit + lam_at, mask=live, other=0.0).to(gl.float32))
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
+    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
+    acc = gl.zeros([ROWS, D], gl.float32, SUMS)
+    zeros = gl.zeros([ROWS, KEYS], gl.float32, LOGITS)
+
+    starts = starts_of(walk, 0, form)
+    if form.MEMBERS:
+        bits = bits_of(walk, 0, form)
+    k_tile = filled_tile(k_ring, 0)
+    logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    logits = warpgroup_mma_wait(0, deps=(logits,))
+    leave(k_ring, 0)
+    logits = unseen_hidden(logits, starts, pos, key, walk, form)
+    if form.MEMBERS:
+        logits = unchosen_hidden(logits, bits, bit, key, form)
+    weights, _decay, m, l = softmax_step(logits, m, l, queries.scale_log2, m, False)
+    pairs = _pack(weights, dtype)
+    for MASKED in gl.static_range(2):
+        for i in range(gl.maximum(walk.clear, 1) if MASKED else 1, walk.tiles if MASKED else walk.clear):
+            if MASKED:
+                starts = starts_of(walk, i, form)
+            if form.MEMBERS:
+                bits = bits_of(walk, i, form)
+            k_tile = filled_tile(k_ring, i)
+            logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            v_tile = filled_tile(v_ring, i - 1)
+            acc = warpgroup_mma(_unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
+            logits = warpgroup_mma_wait(1, deps=(logits,))
+            leave(k_ring, i)
+            if MASKED:
+                logits = unseen_hidden(logits, starts, pos, key, walk, form)
+            if form.MEMBERS:
+                logits = unchosen_hidden(logits, bits, bit, key, form)
+            step_weights, decay, m, l = softmax_step(logits, m, l, queries.scale_log2, m, False)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            leave(v_ring, i - 1)
+            pairs = _pack(step_weights, dtype)
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
+    v_tile = filled_tile(v_ring, walk.tiles - 1)
+    acc = warpgroup_mma(_unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+
+    total = gl.where(l == 0.0, 1.0, l)  # a token that saw nothing: 0, and lse −inf
+    if form.SAVE_LSE:
+        lse_at = queries.lse + head.to(gl.int64) * queries.lse_h + token
+        gl.store(lse_at, (m + gl.log2(total)) * LN2, mask=live)
+    acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, SUMS))[:, None]
+    token, head, live = outputs_of(consumer, queries, gl.SliceLayout(1, WIDE), form)
+    o_at = (token * queries.o_t + head * D)[:, None] + dims[None, :]
+    live = live[:, None]
+    if form.PAIRED:
+        signal, noise = signal_and_noise(acc)
+        lam, _same = signal_and_noise(lam)
+        out = signal - gl.convert_layout(lam, gl.SliceLayout(1, signal.type.layout))[:, None] * noise
+        out = gl.convert_layout(out.to(dtype), WIDE)
+        if form.SAVE_NOISE:
+            gl.store(queries.o_noise + o_at, gl.convert_layout(noise.to(dtype), WIDE), mask=live)
+    elif form.HEADS_OF == "signal":
+        signal = gl.convert_layout(acc, WIDE)
+        noise = gl.load(queries.o + o_at, mask=live, other=0.0).to(gl.float32)
+        out = (signal - gl.convert_layout(lam, gl.SliceLayout(1, WIDE))[:, None] * noise).to(dtype)
+    else:
+        out = gl.convert_layout(acc.to(dtype), WIDE)
+        if form.SAVE_NOISE:
+            gl.store(queries.o_noise + o_at, out, mask=live)
+    gl.store(queries.o + o_at, out, mask=live)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "NL", "NE", "window"])
+def _forward_kernel(
+    q,
+    k_source,
+    v_source,
+    lam_logit,
+    o,
+    o_noise,
+    lse,
+    walks,
+    q_strides,
+    lam_strides,
+    T,
+    S,
+    H,
+    NL,
+    NE,
+    window,
+    scale_log2,
+    form: gl.constexpr,
+):
+    FIRST: gl.constexpr = 1 if form.HEADS_OF == "noise" else 0
+    i_b, i_h, i_c, i_list, skipped = tile_of(NL, H, form.LIST_TILES, form.CHUNKS, form.TOKENS)
+    own, _, q0, Tq, k0, Sk = sequence_of(i_list, walks.table, walks.cu_q, walks.cu_k, T, S, form.PACKED)
+    first = own * form.LIST_TOKENS + skipped
+    tokens = gl.minimum(form.LIST_TOKENS - skipped, Tq - first)
+    pos_first = Sk - Tq + first
+    pos_last = gl.minimum(pos_first + form.TOKENS, Sk) - 1
+    if form.HEADS_OF != "both":
+        i_list += (i_b * 2 * H + FIRST * H + i_h) * NL
+    else:
+        i_list += (i_b * H + i_h) * NL
+    walk = begin_walk(walks, i_list, NE, tokens, pos_first, pos_last, window, form)
+
+    token = q0 + first
+    done = i_c * form.OUTPUTS * form.EACH  # query heads of the group in other tiles
+    head = i_h * form.G + done + FIRST
+    HO = H * (form.G // form.EACH)
+    o_at = ((i_b * T + token) * HO + head // form.EACH) * form.D
+    queries = Queries(
+        q + i_b * q_strides.b + token * q_strides.t + head * q_strides.h,
+        lam_logit + i_b * lam_strides.b + token * lam_strides.t + head // 2 * lam_strides.h if form.DIFF else 0,
+        o + o_at,
+        o_noise + o_at if form.SAVE_NOISE else 0,
+        lse + (i_b * (H * form.G) + head) * T + token if form.SAVE_LSE else 0,
+        q_strides.t,
+        q_strides.h,
+        lam_strides.t,
+        lam_strides.h,
+        HO * form.D,
+        T,
+        tokens,
+        form.G - done,
+        skipped,
+        pos_first,
+        scale_log2,
+    )
+    dtype: gl.constexpr = q.dtype.element_ty
+    q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, form.D], gl.NVMMASharedLayout(128, 16, 2))
+    k_ring = new_ring(CONSUMERS, dtype, form)
+    v_ring = new_ring(CONSUMERS, dtype, form)
+    fence_async_shared()
+    i_b = i_b.to(gl.int32)
+    i_h = i_h.to(gl.int32)
+    k0 = k0.to(gl.int32)
+    gl.warp_specialize(
+        [
+            (_consume, (0, queries, q_tiles, k_ring, v_ring, walk, form)),
+            (_consume, (1, queries, q_tiles, k_ring, v_ring, walk, form)),
+            (_produce, (k_source, v_source, k_ring, v_ring, walk, i_b, i_h, k0, Sk, form)),
+        ],
+        worker_num_warps=[4, 1],
+        worker_num_regs=[240, 24],  # and 240 for the first, which is this program's own
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam_logit: Tensor | None,
+    domain: Domain,
+    scale: float,
+    *,
+    save_noise: bool,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over `domain`, for validated inputs: 16-bit, heads of 64 or 128, lists of blocks of 64 or 128 keys.
+
+    Args:
+        q: `[B, T, HQ, D]`; k, v: `[B, S, H, D]`, each with D contiguous; lam_logit `[B, T, HQ // 2]` or None.
+        scale: of the logits, > 0.
+        save_noise, save_lse: also return what the backward needs.
+
+    Returns:
+        o `[B, T, HO, D]`, lse float32 `[B, HQ, T]`, and the noise half before λ, like o; each empty unless saved.
+    """
+    B, T, HQ, D = q.shape
+    H = k.shape[2]
+    G = HQ // H
+    diff = lam_logit is not None
+    o = torch.empty(B, T, HQ // 2 if diff else HQ, D, dtype=q.dtype, device=q.device)
+    save_noise = save_noise and diff
+    o_noise = torch.empty_like(o) if save_noise else o.new_empty(0)
+    lse = torch.empty((B, HQ, T) if save_lse else 0, dtype=torch.float32, device=q.device)
+    apart = domain.classes == 2 and domain.block_m * next_power_of_2(G // 2) >= CONSUMERS.value * ROWS.value
+    packing = fixed_packing(CONSUMERS.value * ROWS.value, G // 2 if apart else G, domain.block_m)
+    lists = Lists(domain, packing.tokens, packing.rows, apart)
+    walks, NL, NE = lists.built
+    listed = domain.indices is not None
+    sources = [describe_blocks(x, domain.block_n if listed else KEYS.value, domain.packed) for x in (k, v)]
+    for heads_of in ("noise", "signal") if apart else ("both",):
+        form = Form(
+            D=D,
+            G=G,
+            DIFF=diff,
+            HEADS_OF=heads_of,
+            C=lists.classes,
+            SAVE_LSE=save_lse,
+            SAVE_NOISE=save_noise and heads_of != "signal",
+            TOKENS=packing.tokens,
+            HEADS=packing.heads,
+            CHUNKS=packing.chunks,
+            **lists.constants | ({} if listed else {"BLOCK_N": KEYS.value}),
+        )
+        _forward_kernel[(NL * lists.tiles * packing.chunks * B * H,)](
+            q,
+            *sources,
+            lam_logit,
+            o,
+            o_noise,
+            lse,
+            walks,
+            strides_of(q),
+            strides_of(lam_logit),
+            T,
+            k.shape[1],
+            H,
+            NL,
+            NE,
+            domain.window or 0,
+            scale * LOG2E.value,
+            form=form,
+            num_warps=4,
+        )
+    return o, lse, o_noise

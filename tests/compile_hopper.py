@@ -1,0 +1,122 @@
+"""Compiles the Hopper kernels without a GPU and tells what became of them: `python -m tests.compile_hopper [all]`.
+
+One line per kernel: the case, then what the assembler reports, and the most registers that an instruction names. It
+fails if a kernel spills registers to memory, waits for every single product (ptxas then says why, C7510 … C7519), or
+takes more registers than its budget. Without "all" a choice of cases, for the tests; with it all that the launchers
+may ask for, in one process of some minutes: run it under each version of triton that is supported.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from diffv2_sparse import ops
+from diffv2_sparse.kernels.hopper.forward import forward
+from tests.compile_offline import pretend
+
+REGISTERS = 240  # of a thread: what the consumers have; 2 × 128 × 240 + 128 × 24 fit the 65,536 of a multiprocessor
+T, H, NB = 512, 2, 4
+
+# keys: block_n, "dense" or "window"; heads: pairs, or heads of ordinary attention, of a group; C and block_m: of lists
+CASES = {
+    "blocks of 128": {"save": True},
+    "blocks of 64": {"keys": 64, "block_m": 64},
+    "classes apart": {"C": 2, "save": True},
+    "classes united, rows of 16": {"keys": 64, "block_m": 16, "C": 2},
+    "dense, heads of 64": {"keys": "dense", "D": 64, "save": True},
+    "window, ordinary, three heads": {"keys": "window", "pairs": 0, "heads": 3},
+    "packed, blocks of 64, half precision": {"keys": 64, "packed": True, "dtype": torch.float16, "save": True},
+    "one pair, several rows, heads of 64": {"keys": 64, "block_m": 16, "pairs": 1, "D": 64, "save": True},
+}
+
+
+def all_cases() -> dict[str, dict]:
+    """Every D, walk, form of packing and use of lists; dtypes and what is saved in turn, for they change little."""
+    cases = {}
+    turn = itertools.cycle(itertools.product((torch.bfloat16, torch.float16), (True, False)))
+    for D, keys, packed in itertools.product((64, 128), (64, 128, "dense", "window"), (False, True)):
+        for pairs, heads in ((4, 0), (1, 0), (0, 3)):
+            for C, block_m, windowed in itertools.product((1, 2), (128, 16), (False, True)):
+                if isinstance(keys, str) and (C, block_m, windowed) != (1, 128, False):
+                    continue
+                if heads and C == 2:
+                    continue
+                dtype, save = next(turn)
+                case = {"D": D, "keys": keys, "packed": packed, "pairs": pairs, "heads": heads, "C": C}
+                case |= {"block_m": block_m, "windowed": windowed, "dtype": dtype, "save": save}
+                cases[", ".join(f"{name} {value}" for name, value in case.items())] = case
+    return cases
+
+
+def launch(
+    *, D=128, keys=128, packed=False, pairs=4, heads=0, C=1, block_m=128, windowed=False, dtype=None, save=False
+):
+    q, k, v, o = (torch.empty(1, T, h, D, dtype=dtype or torch.bfloat16) for h in (H * (2 * pairs or heads), H, H, 1))
+    lam = q.new_empty(1, T, H * pairs) if pairs else None
+    lists = None, None
+    if not isinstance(keys, str):
+        NM = -(-T // block_m)
+        lists = torch.zeros(1, C, H, NM, NB, dtype=torch.int32), torch.zeros(1, C, H, NM, dtype=torch.int32)
+    bounds = torch.tensor([0, T], dtype=torch.int32) if packed else None
+    window = 100 if windowed or keys == "window" else None
+    domain = ops._domain(q, k, *lists, bounds, bounds, block_m, keys, window)
+    forward(q, k, v, lam, domain, 0.1, save_noise=save, save_lse=save)
+
+
+def faults(log: str, registers: int) -> list[str]:
+    """What is wrong with a kernel that was assembled with this log."""
+    found = [f"spills: {n} bytes" for n in re.findall(r"(\d+) bytes spill", log) if n != "0"]
+    found += [f"serialised: C{n}" for n in re.findall(r"\(C(751\d)\)", log)]
+    if "bytes spill" not in log:
+        found.append("no report")
+    return found + ([f"{registers} registers"] if registers > REGISTERS else [])
+
+
+def registers_of(cubin: bytes) -> int:
+    """The highest register that an instruction names, and one."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return 1 + max(int(n) for n in re.findall(r"\bR(\d+)\b", sass))
+
+
+def compile_cases(cases: dict[str, dict]) -> bool:
+    """Returns whether all is well."""
+    pretend(90)
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
+    reports = []
+
+    def compile_one(kernel, grid, *args, **kwargs):
+        if not kernel.is_gluon():
+            return
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = kernel.warmup(*args, grid=grid, **kwargs)
+        registers = registers_of(compiled.asm["cubin"])
+        wrong = faults(log.getvalue(), registers)
+        told = f"{', '.join(wrong) or 'good'}; {registers} registers, {compiled.metadata.shared} B shared"
+        reports.append((kernel.__name__, told, not wrong))
+
+    JITFunction.__getitem__ = lambda kernel, grid: functools.partial(compile_one, kernel, grid)
+    for case, arguments in cases.items():
+        before = len(reports)
+        launch(**arguments)
+        for kernel, told, _ in reports[before:]:
+            print(f"{case} | {kernel}: {told}", flush=True)
+    return all(good for *_, good in reports)
+
+
+if __name__ == "__main__":
+    print("triton", triton.__version__)
+    sys.exit(0 if compile_cases(all_cases() if "all" in sys.argv[1:] else CASES) else 1)
