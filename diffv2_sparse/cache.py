@@ -2,106 +2,41 @@
 self-decoder's state.
 
 Keys and values are **paged and head-major**: a page is one key block of one KV head, so the blocks that a selection
-names are pages. The self-decoder's state is bounded, whatever the length: a ring of `window` keys per layer, or the
-`[D, D]` memory of gated retention. Pages are written only beyond `lengths`; everything else is replaced, never changed,
-so a failed call is undone by taking the old tensors back.
+names are pages. The self-decoder's state is bounded, whatever the length: per layer a ring of keys, or the memory of
+gated retention; both reach back `max_rollback` tokens further than the next token needs, so that cutting a sequence
+short changes its length alone. Pages are written only beyond `lengths` and states are replaced, never changed, so a
+failed call is undone by taking the old numbers back.
+
+`lengths` and `page_table` are changed in place, so that a CUDA graph that has captured them reads what is true when it
+is replayed. They and the pages move to other memory only in `grow` and where the batch size changes; `addresses` counts
+how often they did, and a graph captured at another count must be captured again.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from .selectors import block_mean
+from .cache_spec import CacheSpec, RetentionState, RowLists, SelfState, WindowState
+from .pages import PagedKV, PagePool, PageTable, sent
 
-
-@dataclass(frozen=True)
-class PagedKV:
-    """The view of paged keys and values that attention sees.
-
-    Key position s of sequence b and KV head h is in page `page_table[b, h, s // block_n]`, slot `s % block_n`.
-
-    Attributes:
-        k_pages, v_pages: `[P, block_n, D]`.
-        page_table: int32 `[B, H, NP]`.
-        lengths: int32 `[B]`, keys of each sequence.
-    """
-
-    k_pages: Tensor
-    v_pages: Tensor
-    page_table: Tensor
-    lengths: Tensor
-
-    @property
-    def block_n(self) -> int:
-        return self.k_pages.shape[1]
-
-
-class WindowState(NamedTuple):
-    """The last `window` keys and values of a self-decoder layer, `[B, H, window, D]`; position s is in slot `s %
-    window`.
-    """
-
-    k: Tensor
-    v: Tensor
-
-
-class RowLists(NamedTuple):
-    """Lists of key blocks, one per row: indices int32 `[rows, C, H, NB]`, counts int32 `[rows, C, H]`."""
-
-    indices: Tensor
-    counts: Tensor
-
-
-SelfState = WindowState | Tensor  # a Tensor is the memory of gated retention, float32 [B, heads, D, D]
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """What a model needs of its cache, and which model that is.
-
-    Attributes:
-        self_decoder: "sliding_window" or "gated_retention".
-        window: keys in a ring; tokens a query of the self-decoder sees.
-        self_layers, cross_layers: layers of each half.
-        heads: retention heads.
-        kv_heads, head_dim: of the shared K/V and of the rings.
-        position: how the keys carry their position, such as "rope 10000.0".
-        block_n: tokens per page.
-        dtype, device: of keys and values.
-        owner: the model that made the cache, by identity: moved it is the same, a copy of it is another. None after
-            pickling: then only the sizes can be compared.
-    """
-
-    self_decoder: str
-    window: int
-    self_layers: int
-    cross_layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    position: str
-    block_n: int
-    dtype: torch.dtype
-    device: torch.device
-    owner: weakref.ref | None = None
-
-    def __deepcopy__(self, memo: dict) -> CacheSpec:
-        return self  # nothing in it changes, and the copy of a cache belongs to the same model
-
-    def __getstate__(self) -> dict:
-        return {**vars(self), "owner": None}  # no identity outlives the process
+__all__ = ["CacheSpec", "PagedKV", "RetentionState", "RowLists", "SelfState", "SharedKVCache", "WindowState"]
 
 
 class SharedKVCache:
     """A cache for `batch_size` sequences of up to `capacity` tokens each; also the `past_key_values` of Transformers'
     `generate`.
+
+    Args:
+        spec: of the model.
+        batch_size, capacity: sequences, and tokens of each.
+        blocks: key blocks in the pool, each a page of every KV head; by default enough for all sequences at capacity.
+            Fewer will do where sequences share their prompts or are not all long.
+        max_rollback: tokens that `truncate` can take back.
 
     Attributes:
         lengths: int32 `[B]` on the device, tokens of each sequence (padding does not count).
@@ -109,43 +44,65 @@ class SharedKVCache:
         columns: columns of the padded batches read so far, padding included.
         k_pages, v_pages: `[P, block_n, D]`.
         page_table: int32 `[B, H, NP]`.
-        summaries: `[B, NP, H, D]`, the mean key of every full page; what stands beyond those has no meaning.
         states: the self-decoder's state, one per layer.
         held: per cross-decoder layer, the list of each sequence's open row, which later tokens will finish; None while
             rows have one token.
         held_choice: the options under which those were chosen.
+        floors: per sequence, the fewest tokens that it can be cut back to.
+        addresses: how often tensors have moved.
 
     Raises:
-        ValueError: batch_size or capacity is not positive.
+        ValueError: batch_size, capacity or blocks is not positive, or max_rollback negative.
     """
 
     is_compileable = False  # read by `generate`
 
-    def __init__(self, spec: CacheSpec, batch_size: int, capacity: int):
-        for name, value in (("batch_size", batch_size), ("capacity", capacity)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
-        self.spec, self.batch_size, self.capacity = spec, batch_size, capacity
-        B, H, D, dtype, device = batch_size, spec.kv_heads, spec.head_dim, spec.dtype, spec.device
+    def __init__(
+        self, spec: CacheSpec, batch_size: int, capacity: int, *, blocks: int | None = None, max_rollback: int = 0
+    ):
+        _check_positive(batch_size=batch_size, capacity=capacity)
         NP = -(-capacity // spec.block_n)
-        self.k_pages = torch.zeros(B * H * NP, spec.block_n, D, dtype=dtype, device=device)
-        self.v_pages = torch.zeros_like(self.k_pages)
-        self.page_table = torch.arange(B * H * NP, dtype=torch.int32, device=device).view(B, H, NP)
-        self.summaries = torch.zeros(B, NP, H, D, dtype=dtype, device=device)
-        self.lengths = torch.zeros(B, dtype=torch.int32, device=device)
-        self.tokens: tuple[int, ...] = (0,) * B
+        blocks = batch_size * NP if blocks is None else blocks
+        _check_positive(blocks=blocks)
+        if type(max_rollback) is not int or max_rollback < 0:
+            raise ValueError(f"max_rollback: expected an int ≥ 0, got {max_rollback!r}")
+        self.spec, self.capacity, self.max_rollback = spec, capacity, max_rollback
+        self.pool = PagePool(blocks, spec.kv_heads, spec.block_n, spec.head_dim, spec.dtype, spec.device)
+        self.table = PageTable(self.pool, batch_size, NP)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=spec.device)
+        self.tokens = self.floors = (0,) * batch_size
         self.columns = 0
-        self.states: tuple[SelfState, ...] = tuple(self._empty_state() for _ in range(spec.self_layers))
+        self.whole_columns = 0  # the last so many columns read had a token of every sequence
+        self.states = tuple(spec.empty_state(batch_size, max_rollback) for _ in range(spec.self_layers))
         self.held: tuple[RowLists | None, ...] = (None,) * spec.cross_layers
         self.held_choice: dict = {}
+        self._moves = 0
 
-    def _empty_state(self) -> SelfState:
-        spec, B = self.spec, self.batch_size
-        if self.spec.self_decoder == "gated_retention":
-            wide = torch.promote_types(spec.dtype, torch.float32)
-            return torch.zeros(B, spec.heads, spec.head_dim, spec.head_dim, dtype=wide, device=spec.device)
-        shape = (B, spec.kv_heads, spec.window, spec.head_dim)
-        return WindowState(*(torch.zeros(shape, dtype=spec.dtype, device=spec.device) for _ in range(2)))
+    def __del__(self):
+        if "table" in vars(self):  # else the constructor has raised
+            self.table.cut((0,) * len(self.table.blocks))
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def addresses(self) -> int:
+        return self._moves + self.pool.moves
+
+    @property
+    def k_pages(self) -> Tensor:
+        return self.pool.k_pages
+
+    @property
+    def v_pages(self) -> Tensor:
+        return self.pool.v_pages
+
+    @property
+    def page_table(self) -> Tensor:
+        return self.table.pages
+
+    # What a call asks
 
     def check(self, spec: CacheSpec, batch_size: int) -> None:
         """Raises ValueError unless the cache was made by the model of this `spec` and for `batch_size` sequences."""
@@ -161,12 +118,13 @@ class SharedKVCache:
             )
 
     def check_room(self, counts: tuple[int, ...]) -> None:
-        """Raises ValueError unless `counts[b]` more tokens of each sequence fit."""
+        """Raises ValueError unless `counts[b]` more tokens of each sequence fit, by its capacity and in the pool."""
         longest = max(own + count for own, count in zip(self.tokens, counts))
         if longest > self.capacity:
             raise ValueError(
                 f"cache: expected at most {self.capacity} tokens per sequence, its capacity, got {longest}"
             )
+        self.pool.require(self.table.blocks_needed(self.tokens, counts))
 
     def check_held(self, choice: dict, block_m: int, starts: tuple[int, ...]) -> None:
         """Raises ValueError if a row is open after `starts` whose blocks were chosen under other options."""
@@ -179,13 +137,15 @@ class SharedKVCache:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Takes everything back when the block raises. Pages written meanwhile lie beyond `lengths` again."""
-        names = ("lengths", "tokens", "columns", "states", "held", "held_choice")
+        names = ("tokens", "floors", "columns", "whole_columns", "states", "held", "held_choice")
         before = {name: getattr(self, name) for name in names}
         try:
             yield
         except BaseException:
             for name, value in before.items():
                 setattr(self, name, value)
+            self.table.cut(self.tokens)
+            self.lengths.copy_(self._sent(self.tokens))
             raise
 
     def append(
@@ -196,23 +156,32 @@ class SharedKVCache:
         Args:
             k, v: `[N, H, D]`.
             sequence, position: int64 `[N]`, where each token stands; each sequence's tokens follow its last one.
-            counts: new tokens of each sequence.
+            counts: new tokens of each sequence; 0 is none.
             columns: columns of the padded batch that they came from.
+
+        Raises:
+            ValueError: shapes disagree, a sequence outgrows the capacity, or the pool is exhausted; nothing changes.
         """
-        block_n = self.spec.block_n
-        page = self.page_table[sequence, :, position // block_n].long()  # [N, H]
-        slot = (position % block_n)[:, None].expand_as(page)
-        self.k_pages[page, slot] = k.to(self.k_pages.dtype)
-        self.v_pages[page, slot] = v.to(self.v_pages.dtype)
-        total = tuple(own + count for own, count in zip(self.tokens, counts))
-        filled = [
-            (b, block) for b, end in enumerate(total) for block in range(self.tokens[b] // block_n, end // block_n)
-        ]
-        if filled:
-            b, block = torch.tensor(filled, device=k.device).unbind(1)
-            self.summaries[b, block] = block_mean(self.k_pages[self.page_table[b, :, block].long()], 2)
-        self.lengths = self.lengths + torch.tensor(counts, dtype=torch.int32, device=k.device)
-        self.tokens, self.columns = total, self.columns + columns
+        shape = (sum(counts), self.spec.kv_heads, self.spec.head_dim)
+        for name, x in (("k", k), ("v", v)):
+            if x.shape != shape:
+                raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+        if len(counts) != self.batch_size or min(counts) < 0:
+            raise ValueError(f"counts: expected {self.batch_size} numbers ≥ 0, got {counts}")
+        self.check_room(counts)
+        if sum(counts):
+            self.table.extend(self.tokens, counts)
+            block = self.table.locate(sequence, position, self.tokens, counts)
+            self.pool.write(k, v, block, position % self.spec.block_n)
+            if filled := self.table.filled(self.tokens, counts):
+                self.pool.summarise(filled)
+            self.lengths += self._sent(counts)
+        self.tokens = tuple(map(int.__add__, self.tokens, counts))
+        self.floors = tuple(max(floor, end - self.max_rollback) for floor, end in zip(self.floors, self.tokens))
+        self.columns += columns
+        self.whole_columns = self.whole_columns + columns if min(counts) == columns else 0
+
+    # What attention reads
 
     def pages(self, sequence: Tensor | slice = slice(None), lengths: Tensor | None = None) -> PagedKV:
         """The pages of some sequences, as many as the longest uses; `lengths` int32 stands in for their own."""
@@ -221,26 +190,162 @@ class SharedKVCache:
         return PagedKV(self.k_pages, self.v_pages, self.page_table[sequence, :, :used], lengths)
 
     def full_summaries(self, sequence: Tensor | slice = slice(None)) -> Tensor:
-        """The summaries of some sequences, `[b, NC, H, D]`, as many as the longest sequence has."""
-        return self.summaries[sequence, : max(self.tokens) // self.spec.block_n]
+        """The summaries of some sequences, `[b, NC, H, D]`, as many as the longest sequence has. A view while no
+        sequence has shared blocks, else gathered.
+        """
+        return self.table.summaries(sequence, max(self.tokens) // self.spec.block_n)
+
+    # What becomes of the sequences
+
+    def reset(self, sequences: Sequence[int] | None = None) -> None:
+        """Forgets some sequences, or all; their pages go back to the pool."""
+        chosen = range(self.batch_size) if sequences is None else sequences
+        self._check_sequences(chosen)
+        self.tokens = tuple(0 if b in chosen else n for b, n in enumerate(self.tokens))
+        self.floors = tuple(0 if b in chosen else n for b, n in enumerate(self.floors))
+        self.table.cut(self.tokens)
+        self.lengths.copy_(self._sent(self.tokens))
+        gone = self._sent([b in chosen for b in range(self.batch_size)], torch.bool)
+        self.states = tuple(
+            type(state)(*(x.masked_fill(gone.view(-1, *[1] * (x.ndim - 1)), 0) for x in state)) for state in self.states
+        )
+        if not any(self.tokens):
+            self.columns = self.whole_columns = 0
+            self.held, self.held_choice = (None,) * self.spec.cross_layers, {}
+
+    def truncate(self, counts: int | Sequence[int]) -> None:
+        """Takes back the last tokens of every sequence, or `counts[b]` of each; the next ones go on from there.
+
+        Raises:
+            ValueError: more than `max_rollback` tokens below the most that a sequence has had since its `reset`, more
+                than it has, or back into a row of queries whose blocks are no longer known. Nothing changes.
+        """
+        each = (counts,) * self.batch_size if isinstance(counts, int) else tuple(counts)
+        if len(each) != self.batch_size or min(each) < 0:
+            raise ValueError(f"counts: expected {self.batch_size} numbers ≥ 0, or one, got {counts}")
+        left = tuple(map(int.__sub__, self.tokens, each))
+        block_m = self.held_choice.get("block_m", 1)
+        for b, (n, own, floor) in enumerate(zip(left, self.tokens, self.floors)):
+            if n < floor:
+                raise ValueError(
+                    f"counts: expected at most {own - floor} tokens of sequence {b}, which has {own} and is kept back "
+                    f"to {floor} (max_rollback {self.max_rollback}), got {each[b]}"
+                )
+            if n < own and n % block_m and n // block_m != own // block_m:
+                raise ValueError(
+                    f"counts: expected sequence {b} to end in its open row, or where a row of {block_m} tokens ends, "
+                    f"got {n} of {own} tokens: an earlier row's blocks are not kept"
+                )
+        self.tokens = left
+        self.table.cut(left)
+        self.lengths.copy_(self._sent(left))
+        self.columns -= min(each)
+        self.whole_columns = max(0, self.whole_columns - max(each))
+
+    def fork(self, sequences: Sequence[int] | Tensor | None = None) -> SharedKVCache:
+        """A cache over the same pool whose sequence i goes on from what sequence `sequences[i]` of this one has read;
+        all by default.
+
+        Pages and their summaries are shared until one of the holders writes to them; the self-decoder's state is
+        copied. A fork that is dropped gives its pages back.
+        """
+        fork = SharedKVCache.__new__(SharedKVCache)
+        order = self._order(sequences)
+        table = PageTable(self.pool, len(order), self.table.width)
+        vars(fork).update(vars(self) | {"table": table, "lengths": self.lengths[:0], "_moves": 0})
+        fork._follow(self, order)
+        return fork
+
+    def __copy__(self) -> SharedKVCache:
+        return self.fork()
+
+    def grow(self, capacity: int, blocks: int | None = None) -> None:
+        """Makes room for `capacity` tokens per sequence, in a pool of `blocks`; by default as many as a new cache has.
+
+        Tensors move, for forks over the same pool as well: captured graphs must be captured again.
+        """
+        _check_positive(capacity=capacity)
+        if capacity < self.capacity:
+            raise ValueError(f"capacity: expected at least the {self.capacity} tokens there are, got {capacity}")
+        width = -(-capacity // self.spec.block_n)
+        self.pool.grow(self.batch_size * width if blocks is None else blocks)
+        self.table.widen(width)
+        self.capacity = capacity
+        self._moves += 1
+
+    # The names by which Transformers calls them
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the padded batch read so far: `generate` cuts its input ids after them."""
         return self.columns
 
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.capacity
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.max_rollback > 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last −`tokens_to_remove` columns.
+
+        Raises:
+            ValueError: a positive number, or columns with padding; and as `truncate`.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected a number ≤ 0, minus the columns, got {tokens_to_remove}")
+        if -tokens_to_remove > self.whole_columns:
+            raise ValueError(
+                f"tokens_to_remove: expected columns without padding, the last {self.whole_columns}, "
+                f"got {-tokens_to_remove}"
+            )
+        self.truncate(-tokens_to_remove)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence b becomes what sequence `beam_idx[b]` was; copies the pages in use."""
-        order = beam_idx.to(self.spec.device)
-        B, H, NP = self.page_table.shape
-        used = -(-max(self.tokens) // self.spec.block_n)
-        for pages in (self.k_pages, self.v_pages):
-            own = pages.view(B, H, NP, *pages.shape[1:])[:, :, :used]
-            own.copy_(own[order])
-        self.summaries = self.summaries[order]
-        self.lengths = self.lengths[order]
-        self.tokens = tuple(self.tokens[b] for b in order.tolist())
-        self.states = tuple(
-            WindowState(*(x[order] for x in state)) if isinstance(state, WindowState) else state[order]
-            for state in self.states
-        )
-        self.held = tuple(None if rows is None else RowLists(*(x[order] for x in rows)) for rows in self.held)
+        """Sequence b becomes what sequence `beam_idx[b]` was."""
+        self._follow(self, self._order(beam_idx))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence becomes `repeats` sequences, one after another."""
+        self._follow(self, [b for b in range(self.batch_size) for _ in range(repeats)])
+
+    def _order(self, sequences: Sequence[int] | Tensor | None) -> list[int]:
+        if sequences is None:
+            return list(range(self.batch_size))
+        order = sequences.tolist() if isinstance(sequences, Tensor) else list(sequences)
+        if order and isinstance(order[0], bool):
+            order = [b for b, chosen in enumerate(order) if chosen]
+        self._check_sequences(order)
+        return order
+
+    def _check_sequences(self, sequences: Sequence[int]) -> None:
+        if not len(sequences) or any(not 0 <= b < self.batch_size for b in sequences):
+            raise ValueError(f"sequences: expected some of 0 … {self.batch_size - 1}, got {list(sequences)}")
+
+    def _follow(self, origin: SharedKVCache, order: list[int]) -> None:
+        """Goes on from sequences of `origin`, in place where the batch size stays."""
+        at = self._sent(order, torch.long)
+        lengths, states, held = origin.lengths[at], origin.states, origin.held
+        if len(order) == len(self.lengths):
+            self.table.follow(origin.table, order)
+            self.lengths.copy_(lengths)
+        else:
+            table = PageTable(self.pool, len(order), self.table.width)
+            table.follow(origin.table, order)
+            self.table.cut((0,) * len(self.table.blocks))
+            self.table, self.lengths = table, lengths
+            self._moves += 1
+        self.tokens, self.floors = (tuple(x[b] for b in order) for x in (origin.tokens, origin.floors))
+        self.states = tuple(type(state)(*(x[at] for x in state)) for state in states)
+        self.held = tuple(None if rows is None else RowLists(*(x[at] for x in rows)) for rows in held)
+
+    def _sent(self, values: Sequence, dtype: torch.dtype = torch.int32) -> Tensor:
+        return sent(values, dtype, self.spec.device)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}: expected a positive int, got {value!r}")

@@ -7,10 +7,10 @@ over visible keys, the mean over layers, KV heads, classes and prompts.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +70,8 @@ def ask(
         if not has_modes(model):
             return {mode: _ask_generate(model, tokenizer, input_ids, attention_mask) for mode in modes}
         B, T = input_ids.shape
-        block_m = model.config.sparse_block_m
-        common = (T - 1) // block_m * block_m if attention_mask is None else 0  # whole rows: none is open between
+        whole = math.lcm(model.config.sparse_block_m, model.config.sparse_block_n)  # no row, no key block is left open
+        common = (T - 1) // whole * whole if attention_mask is None else 0
         cache = model.new_cache(B, T + ANSWER_TOKENS)
         start = _now(input_ids.device)
         if common:
@@ -80,7 +80,7 @@ def ask(
         common_s = _now(input_ids.device) - start
         rest, answers = input_ids[:, common:], {}
         for mode in modes:
-            fork = copy(cache)  # shares the pages, which are written beyond `lengths` only: one fork after the other
+            fork = cache.fork()  # writes to blocks of its own, which it gives back to the next
             answers[mode] = _ask_in_mode(model, tokenizer, mode, rest, attention_mask, fork, common_s)
         return answers
 

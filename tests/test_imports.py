@@ -16,7 +16,7 @@ FLOORS = (
     {"kernels"},
     {"selection"},
     {"reference", "blockwise", "adapters", "ops"},
-    {"selectors", "cache", "attention"},
+    {"selectors", "pages", "cache_spec", "cache", "attention"},
     {"yoco", "hf", "haystack", "tokenizer", "environment"},
     {"train", "curriculum", "niah", "niah_answers", "niah_cells", "niah_report", "continuation"},
     {"cli"},

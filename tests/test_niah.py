@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.image
 import numpy as np
@@ -27,7 +27,7 @@ FIELDS = {
 
 
 class RuleConfig:
-    sparse_mode, sparse_block_m, max_position_embeddings = "dense", 1, 4096
+    sparse_mode, sparse_block_m, sparse_block_n, max_position_embeddings = "dense", 1, 4, 4096
 
     def to_dict(self):
         return {"sparse_mode": self.sparse_mode}
@@ -38,6 +38,9 @@ class RuleCache:
     room: int
     read: torch.Tensor
     given: int = 0
+
+    def fork(self):
+        return replace(self)
 
 
 class RuleModel(torch.nn.Module):

@@ -68,7 +68,7 @@ class DiffV2Attention(nn.Module):
         """`forward` for tokens that follow those in `state`; returns the output and the state after these tokens."""
         q, k, v = (x.flatten(0, 1).to(state.k.dtype) for x in self._project(hidden, rotary))  # [N, heads, D]
         lam_logit = self.lambda_proj(hidden).flatten(0, 1)
-        reach = layout.reach(self.window)
+        reach = layout.reach(self.window, state.k.shape[2])
         keys, values = reach.gather(state.k, k), reach.gather(state.v, v)
         alike = not layout.packed and len(set(reach.key_tokens)) == 1
         shape = (len(layout.counts), -1) if alike else (1, -1)

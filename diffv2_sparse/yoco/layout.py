@@ -15,32 +15,34 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..pages import sent
+
 
 def spans(counts: Sequence[int], starts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Sequence and position of each token, int64 `[Σ counts]`: sequence b has `counts[b]` from position `starts[b]`."""
     first = [start - before for start, before in zip(starts, accumulate(counts, initial=0))]
-    own, first = torch.tensor([counts, first], device=device)
+    own, first = sent([counts, first], torch.long, device)
     sequence = torch.repeat_interleave(torch.arange(len(counts), device=device), own, output_size=sum(counts))
     return sequence, torch.arange(sum(counts), device=device) + first[sequence]
 
 
 def running_sum(counts: Sequence[int], device: torch.device) -> Tensor:
     """The bounds of packed sequences: int32 `[B + 1]`, from 0."""
-    return torch.tensor(tuple(accumulate(counts, initial=0)), dtype=torch.int32, device=device)
+    return sent(tuple(accumulate(counts, initial=0)), torch.int32, device)
 
 
 @dataclass(frozen=True)
 class WindowReach:
     """How rings of past keys and a call's new keys become the keys of windowed attention, and the next rings.
 
-    A ring `[B, H, window, D]` holds the key of position s in slot `s % window`.
+    A ring `[B, H, R, D]`, R ≥ window, holds the key of position s in slot `s % R`.
 
     Attributes:
-        source: int64 `[Σ key_tokens]`, each key's place among the rings' `B · window` tokens and, after them, the new
+        source: int64 `[Σ key_tokens]`, each key's place among the rings' `B · R` tokens and, after them, the new
             ones.
         key_tokens: of each sequence: the past keys that its first new token still sees, then the new ones.
         kept: int64 `[K]`, the new tokens that the next rings hold.
-        slots: int64 `[K]`, their places among `B · window`.
+        slots: int64 `[K]`, their places among `B · R`.
     """
 
     source: Tensor
@@ -49,18 +51,20 @@ class WindowReach:
     slots: Tensor
 
     @classmethod
-    def of(cls, counts: Sequence[int], starts: Sequence[int], window: int, device: torch.device) -> WindowReach:
-        """For sequences with `counts[b]` new tokens after `starts[b]` others."""
+    def of(
+        cls, counts: Sequence[int], starts: Sequence[int], window: int, ring: int, device: torch.device
+    ) -> WindowReach:
+        """For sequences with `counts[b]` new tokens after `starts[b]` others, and rings of `ring` slots."""
         B = len(counts)
-        starts_, bounds = torch.tensor([starts, tuple(accumulate(counts, initial=0))[:-1]], device=device)
+        starts_, bounds = sent([starts, tuple(accumulate(counts, initial=0))[:-1]], torch.long, device)
         past = [min(start, window - 1) if count else 0 for start, count in zip(starts, counts)]
         key_tokens = tuple(map(int.__add__, past, counts))
         sequence, position = spans(key_tokens, [start - own for start, own in zip(starts, past)], device)
         since = position - starts_[sequence]
-        source = torch.where(since < 0, sequence * window + position % window, B * window + bounds[sequence] + since)
-        held = [min(count, window) for count in counts]
+        source = torch.where(since < 0, sequence * ring + position % ring, B * ring + bounds[sequence] + since)
+        held = [min(count, ring) for count in counts]
         sequence, position = spans(held, [s + c - h for s, c, h in zip(starts, counts, held)], device)
-        kept, slots = bounds[sequence] + position - starts_[sequence], sequence * window + position % window
+        kept, slots = bounds[sequence] + position - starts_[sequence], sequence * ring + position % ring
         return cls(source, key_tokens, kept, slots)
 
     def gather(self, ring: Tensor, new: Tensor) -> Tensor:
@@ -69,9 +73,9 @@ class WindowReach:
 
     def keep(self, ring: Tensor, new: Tensor) -> Tensor:
         """The next ring."""
-        B, _, window, _ = ring.shape
+        B, _, slots, _ = ring.shape
         out = ring.transpose(1, 2).flatten(0, 1).index_copy(0, self.slots, new[self.kept])
-        return out.unflatten(0, (B, window)).transpose(1, 2)
+        return out.unflatten(0, (B, slots)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -134,18 +138,23 @@ class Layout:
         out = x.new_zeros(B * self.width, *x.shape[2:]).index_copy(0, self.index, x.flatten(0, 1))
         return out.unflatten(0, (B, self.width))
 
-    def pad(self, x: Tensor) -> Tensor:
-        """Packed `[1, N, ...]` → `[B, longest, ...]`, every sequence followed by zeros."""
+    def pad(self, x: Tensor, at_end: bool = False) -> Tensor:
+        """Packed `[1, N, ...]` → `[B, longest, ...]`, every sequence followed by zeros; `at_end`: after them."""
         B, longest = len(self.counts), max(self.counts)
-        return x.new_zeros(B * longest, *x.shape[2:]).index_copy(0, self._padded, x[0]).unflatten(0, (B, longest))
+        return (
+            x.new_zeros(B * longest, *x.shape[2:]).index_copy(0, self._padded[at_end], x[0]).unflatten(0, (B, longest))
+        )
 
-    def unpad(self, x: Tensor) -> Tensor:
+    def unpad(self, x: Tensor, at_end: bool = False) -> Tensor:
         """The inverse of `pad`."""
-        return x.flatten(0, 1)[self._padded][None]
+        return x.flatten(0, 1)[self._padded[at_end]][None]
 
     @cached_property
-    def _padded(self) -> Tensor:
-        return spans(self.counts, [b * max(self.counts) for b in range(len(self.counts))], self.device)[1]
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        longest = max(self.counts)
+        firsts = [b * longest for b in range(len(self.counts))]
+        ends = [first + longest - count for first, count in zip(firsts, self.counts)]
+        return tuple(spans(self.counts, places, self.device)[1] for places in (firsts, ends))
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
@@ -167,12 +176,12 @@ class Layout:
         """The positions in the layers' shape: `[B, n]`, or `[1, N]` when packed."""
         return self.located[1].unflatten(0, (1, -1) if self.packed else (len(self.counts), -1))
 
-    def reach(self, window: int) -> WindowReach:
-        """The keys of windowed attention for these tokens; worked out once for all layers."""
-        if window not in self._reaches:
-            self._reaches[window] = WindowReach.of(self.counts, self.starts, window, self.device)
-        return self._reaches[window]
+    def reach(self, window: int, ring: int) -> WindowReach:
+        """The keys of windowed attention for these tokens and rings of `ring` slots; worked out once for all layers."""
+        if (window, ring) not in self._reaches:
+            self._reaches[window, ring] = WindowReach.of(self.counts, self.starts, window, ring, self.device)
+        return self._reaches[window, ring]
 
     @cached_property
-    def _reaches(self) -> dict[int, WindowReach]:
+    def _reaches(self) -> dict[tuple[int, int], WindowReach]:
         return {}

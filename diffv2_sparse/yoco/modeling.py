@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from ..cache import CacheSpec, RowLists, SelfState, SharedKVCache
+from ..pages import sent
 from ..selectors import block_summaries
 from .arguments import check_labels, loss_arguments, tokens_or_embeddings
 from .attention import CrossAttention, DiffV2Attention
@@ -215,7 +216,8 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
     def _extend(self, embeds: Tensor, layout: Layout, cache: SharedKVCache, asked: list[Sequence[int]]) -> Tensor:
         """Reads more tokens into the cache; hidden states `[K, hidden_size]` of those asked for, by sequence."""
         if not sum(layout.counts):  # padding only
-            cache.columns += layout.width
+            nothing = embeds.new_zeros(0, cache.spec.kv_heads, cache.spec.head_dim)
+            cache.append(nothing, nothing, *layout.located, layout.counts, layout.width)
             return embeds.new_zeros(0, embeds.shape[-1])
         hidden, rotary, states = layout.pack(embeds), self._rotary(layout.positions), []
         for layer, state in zip(self.self_layers, cache.states):
@@ -242,9 +244,11 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         cache.held, cache.held_choice = held, choice
         return hidden if reading.asked is None else hidden[reading.asked]
 
-    def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
-        """An empty cache for sequences of up to `capacity` tokens, in the model's dtype and on its device."""
-        return SharedKVCache(self.cache_spec(), batch_size, capacity)
+    def new_cache(
+        self, batch_size: int, capacity: int, *, blocks: int | None = None, max_rollback: int = 0
+    ) -> SharedKVCache:
+        """As `DiffV2YocoForCausalLM.new_cache`."""
+        return SharedKVCache(self.cache_spec(), batch_size, capacity, blocks=blocks, max_rollback=max_rollback)
 
     def cache_spec(self) -> CacheSpec:
         config, weight = self.config, self.shared_kv.k_proj.weight
@@ -272,7 +276,7 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
 
 def _placed(hidden: Tensor, places: list[int], B: int, K: int) -> Tensor:
     """`[len(places), hidden_size]` at its places in `[B, K, hidden_size]`, zeros elsewhere."""
-    index = torch.tensor(places, dtype=torch.long, device=hidden.device)
+    index = sent(places, torch.long, hidden.device)
     return hidden.new_zeros(B * K, hidden.shape[-1]).index_copy(0, index, hidden).unflatten(0, (B, K))
 
 
@@ -384,9 +388,11 @@ class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, GenerationMixin):
             raise ValueError("cache: expected a SharedKVCache, as from `new_cache` or `prefill`, got None")
         return self.prefill(input_ids, cache=cache, logits_to_keep=0)[0]
 
-    def new_cache(self, batch_size: int, capacity: int) -> SharedKVCache:
-        """An empty cache for sequences of up to `capacity` tokens, in the model's dtype and on its device."""
-        return self.model.new_cache(batch_size, capacity)
+    def new_cache(
+        self, batch_size: int, capacity: int, *, blocks: int | None = None, max_rollback: int = 0
+    ) -> SharedKVCache:
+        """An empty cache in the model's dtype and on its device; arguments as `SharedKVCache`."""
+        return self.model.new_cache(batch_size, capacity, blocks=blocks, max_rollback=max_rollback)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..pages import sent
 from .layout import Layout, spans
 
 FOLDED_TOKENS = 256  # tokens that attend as a batch of their own; each brings a copy of its sequence's summaries
@@ -25,8 +26,8 @@ def locate(layout: Layout, runs: list[Sequence[int]]) -> tuple[Tensor, Tensor, T
     counts = [len(run) for run in runs]
     sequence, position = spans(counts, [run[0] if len(run) else 0 for run in runs], layout.device)
     if not all(map(_contiguous, runs)):
-        position = torch.tensor([p for run in runs for p in run], device=layout.device)
-    first = torch.tensor([bound - start for bound, start in zip(layout.bounds, layout.starts)], device=layout.device)
+        position = sent([p for run in runs for p in run], torch.long, layout.device)
+    first = sent([bound - start for bound, start in zip(layout.bounds, layout.starts)], torch.long, layout.device)
     return position + first[sequence], position[None], sequence
 
 
@@ -161,13 +162,13 @@ class Reading:
             runs.append(run)
             before += len(run)
         tokens, positions, sequence = locate(layout, runs)
-        firsts, owner, open_ = (torch.tensor(x, dtype=torch.long, device=layout.device) for x in (firsts, owner, open_))
+        firsts, owner, open_ = (sent(x, torch.long, layout.device) for x in (firsts, owner, open_))
         rows = Rows(firsts, sequence[firsts], positions[0, firsts], owner, open_)
         kept, before = [], 0
         for own, run in zip(asked, runs):
             kept.extend(before + bisect_left(run, position) for position in own)
             before += len(run)
-        kept = torch.tensor(kept, dtype=torch.long, device=layout.device)
+        kept = sent(kept, torch.long, layout.device)
         return cls(tokens, positions, kept, _folded(sequence, positions[0]), rows)
 
 
@@ -181,7 +182,7 @@ def _groups(layout: Layout, runs: list[Sequence[int]]) -> tuple[Group, ...]:
     if (min(counts) == 0 and max(counts) == 1) or not all(map(_contiguous, runs)):
         _, position, sequence = locate(layout, runs)
         return _folded(sequence, position[0])
-    ends = torch.tensor([run[-1] + 1 if len(run) else 0 for run in runs], dtype=torch.int32, device=layout.device)
+    ends = sent([run[-1] + 1 if len(run) else 0 for run in runs], torch.int32, layout.device)
     if len(set(counts)) == 1:
         return (Group(slice(None), counts[0], slice(None), ends),) if counts[0] else ()
     groups, before = [], 0

@@ -11,11 +11,14 @@ Source: YOCO, arXiv 2405.05254.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..cache import RetentionState
+from ..pages import sent
 from .configuration import DiffV2YocoConfig
 from .layers import RMSNorm, Rotary, apply_rotary
 from .layout import Layout
@@ -73,6 +76,32 @@ def _fla_kernels():
     return chunk_simple_gla, fused_recurrent_simple_gla
 
 
+@dataclass(frozen=True)
+class Trail:
+    """Where the memories after a call's last tokens go: after n tokens it is in slot `n % slots`.
+
+    Attributes:
+        sequences, current: int64 `[B]`, all sequences and the slots in which their memories are now.
+        sequence, column, slot: int64 `[K]`, what is kept: of the memories `[B, 1 + single]` before and after each of
+            the last `single` columns, which go to which slots.
+    """
+
+    sequences: Tensor
+    current: Tensor
+    sequence: Tensor
+    column: Tensor
+    slot: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, slots: int, single: int) -> Trail:
+        now = sent([(b, start % slots) for b, start in enumerate(layout.starts)], torch.long, layout.device)
+        kept = []
+        for b, (start, count) in enumerate(zip(layout.starts, layout.counts)):
+            end = start + count
+            kept += [(b, n - end + single, n % slots) for n in range(max(start, end - slots) + 1, end + 1)]
+        return cls(*now.unbind(1), *sent(kept, torch.long, layout.device).unbind(1))
+
+
 class GatedRetention(nn.Module):
     """The self-decoder's mixer for `self_decoder = "gated_retention"`: `num_attention_heads` heads of `head_dim`."""
 
@@ -93,33 +122,69 @@ class GatedRetention(nn.Module):
         return self.extend(hidden, rotary, layout, None)[0]
 
     def extend(
-        self, hidden: Tensor, rotary: Rotary, layout: Layout | None, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Continues from `state` `[B, heads, D, D]`; returns the output and the state after these tokens."""
+        self, hidden: Tensor, rotary: Rotary, layout: Layout | None, state: RetentionState | None
+    ) -> tuple[Tensor, RetentionState | None]:
+        """Continues from `state`; returns the output and the state after these tokens."""
         q, k, v = (p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         decay = self.decay_proj(hidden)
         log_decay = F.logsigmoid(decay.to(torch.promote_types(decay.dtype, torch.float32))) / DECAY_TEMPERATURE
+        if state is None:
+            o = self._retain(q, k, v, log_decay, None, layout)[0]
+        elif state.memory.shape[1] == 1:
+            o, memory = self._retain(q, k, v, log_decay, state.memory[:, 0], layout)
+            state = RetentionState(memory[:, None])
+        else:
+            o, state = self._retain_and_keep(q, k, v, log_decay, state, layout)
+        o = self.head_norm(o).to(hidden.dtype).flatten(-2)
+        return self.o_proj(F.silu(self.gate_proj(hidden)) * o), state
+
+    def _retain(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor | None, layout: Layout | None
+    ) -> tuple[Tensor, Tensor]:
+        """o and the memory after the last token, from `memory` `[B, heads, D, D]`; packed as `layout` says, if any."""
         packed = layout is not None and layout.packed
         kernels = _fla_kernels() if q.is_cuda and q.dtype != torch.float64 else None
         if kernels is not None:
             chunked, recurrent = kernels
-            retain = chunked if hidden.shape[1] > CHUNK_TOKENS or torch.is_grad_enabled() else recurrent
-            cu_seqlens = layout.cu_seqlens.long() if packed else None
-            o, state = retain(
+            retain = chunked if q.shape[1] > CHUNK_TOKENS or torch.is_grad_enabled() else recurrent
+            return retain(
                 q,
                 k,
                 v,
                 g=log_decay,
                 scale=self.head_dim**-0.5,
-                initial_state=state,
+                initial_state=memory,
                 output_final_state=True,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=layout.cu_seqlens.long() if packed else None,
             )
-        elif packed:
-            o, state = chunked_retention(*(layout.pad(x) for x in (q, k, v, log_decay)), state)
-            o = layout.unpad(o)
-        else:
-            o, state = chunked_retention(q, k, v, log_decay, state)
-        o = self.head_norm(o).to(hidden.dtype).flatten(-2)
-        return self.o_proj(F.silu(self.gate_proj(hidden)) * o), state
+        if packed:
+            o, memory = chunked_retention(*(layout.pad(x) for x in (q, k, v, log_decay)), memory)
+            return layout.unpad(o), memory
+        return chunked_retention(q, k, v, log_decay, memory)
+
+    def _retain_and_keep(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: RetentionState, layout: Layout
+    ) -> tuple[Tensor, RetentionState]:
+        """The last tokens one by one, with the memory after each of them kept in its slot.
+
+        Sequences end together: before the shorter ones stand tokens that leave the memory as it is.
+        """
+        inputs = (q, k, v, log_decay)
+        if layout.packed:
+            inputs = [layout.pad(x, at_end=True) for x in inputs]
+        T, slots = inputs[0].shape[1], state.memory.shape[1]
+        before = max(0, T - slots + 1)
+        trail = Trail.of(layout, slots, T - before)
+        memory, outputs, memories = state.memory[trail.sequences, trail.current], [], []
+        for columns in (slice(0, before), *(slice(t, t + 1) for t in range(before, T))):
+            if columns.stop:
+                o, memory = self._retain(*(x[:, columns] for x in inputs), memory, None)
+                outputs.append(o)
+            memories.append(memory)
+        kept = torch.stack(memories, 1)[trail.sequence, trail.column].to(state.memory.dtype)
+        o = torch.cat(outputs, 1)
+        return (
+            layout.unpad(o, at_end=True) if layout.packed else o,
+            RetentionState(state.memory.index_put((trail.sequence, trail.slot), kept)),
+        )

@@ -1,0 +1,277 @@
+"""Pages of keys and values from one bounded pool, and who holds them.
+
+A page holds `block_n` keys of one KV head. The H pages of a key block are taken, shared and given back together, so the
+books are kept in **blocks**: page `block · H + h` is that of head h. Blocks are shared by counting who holds them, and
+copied by the first who writes to one that others hold as well. The books are plain numbers on the host; nothing here
+waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .selectors import block_mean
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """The view of paged keys and values that attention sees.
+
+    Key position s of sequence b and KV head h is in page `page_table[b, h, s // block_n]`, slot `s % block_n`.
+
+    Attributes:
+        k_pages, v_pages: `[P, block_n, D]`.
+        page_table: int32 `[B, H, NP]`.
+        lengths: int32 `[B]`, keys of each sequence.
+    """
+
+    k_pages: Tensor
+    v_pages: Tensor
+    page_table: Tensor
+    lengths: Tensor
+
+    @property
+    def block_n(self) -> int:
+        return self.k_pages.shape[1]
+
+
+def sent(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on `device`, without waiting for it."""
+    x = torch.tensor(values, dtype=dtype)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+class PagePool:
+    """A bounded number of blocks, used by one cache or by several that share prompts.
+
+    Attributes:
+        k_pages, v_pages: `[blocks · H, block_n, D]`.
+        summaries: `[blocks, H, D]`, the mean key of every full page; beside other pages it has no meaning.
+        holders: per block, how many sequences hold it.
+        free: the blocks that none holds, as the keys of a dict: in order, and any of them quickly removed.
+        moves: how often `grow` has moved the pages.
+    """
+
+    def __init__(
+        self, blocks: int, kv_heads: int, block_n: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.k_pages = torch.zeros(blocks * kv_heads, block_n, head_dim, dtype=dtype, device=device)
+        self.v_pages = torch.zeros_like(self.k_pages)
+        self.summaries = torch.zeros(blocks, kv_heads, head_dim, dtype=dtype, device=device)
+        self.holders = [0] * blocks
+        self.free = dict.fromkeys(range(blocks))
+        self.moves = 0
+
+    @property
+    def kv_heads(self) -> int:
+        return self.summaries.shape[1]
+
+    @property
+    def block_n(self) -> int:
+        return self.k_pages.shape[1]
+
+    def require(self, blocks: int) -> None:
+        """Raises ValueError unless so many blocks are free."""
+        if blocks > len(self.free):
+            H, total = self.kv_heads, len(self.holders)
+            raise ValueError(
+                f"cache: expected {blocks} free key blocks ({blocks * H} pages), got {len(self.free)} "
+                f"({len(self.free) * H} pages) of a pool of {total}; give blocks back with `reset` or by dropping "
+                "forks, enlarge the pool with `grow`, or make the cache with more `blocks`"
+            )
+
+    def take(self, wanted: int) -> int:
+        """A free block, `wanted` if that is one. There must be one."""
+        if wanted in self.free:
+            del self.free[wanted]
+            block = wanted
+        else:
+            block = self.free.popitem()[0]
+        self.holders[block] = 1
+        return block
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """One more sequence holds each of these."""
+        for block in blocks:
+            self.holders[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One sequence less holds each of these."""
+        for block in blocks:
+            self.holders[block] -= 1
+            if not self.holders[block]:
+                self.free[block] = None
+
+    def copy(self, origins: Sequence[int], copies: Sequence[int]) -> None:
+        """Copies keys and values from block to block; not the summaries, which open blocks do not have."""
+        origin, copied = self._pages(origins), self._pages(copies)
+        for pages in (self.k_pages, self.v_pages):
+            pages[copied] = pages[origin]
+
+    def write(self, k: Tensor, v: Tensor, block: Tensor, slot: Tensor) -> None:
+        """Writes k and v `[N, H, D]` to slots int64 `[N]` of blocks int64 `[N]`."""
+        page = block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)
+        self.k_pages[page, slot[:, None]] = k.detach().to(self.k_pages.dtype)
+        self.v_pages[page, slot[:, None]] = v.detach().to(self.v_pages.dtype)
+
+    def summarise(self, blocks: Sequence[int]) -> None:
+        """Computes the summaries of blocks that have become full, from their pages."""
+        keys = self.k_pages[self._pages(blocks)]  # [blocks · H, block_n, D]
+        at = sent(blocks, torch.long, keys.device)
+        self.summaries[at] = block_mean(keys, 1).unflatten(0, (-1, self.kv_heads))
+
+    def grow(self, blocks: int) -> None:
+        """Enlarges the pool to `blocks`. The pages keep their numbers and move to other memory; both exist for a
+        while.
+        """
+        more = blocks - len(self.holders)
+        if more <= 0:
+            return
+        self.free |= dict.fromkeys(range(len(self.holders), blocks))
+        self.holders += [0] * more
+        for name, rows in (("k_pages", more * self.kv_heads), ("v_pages", more * self.kv_heads), ("summaries", more)):
+            x = getattr(self, name)
+            setattr(self, name, torch.cat([x, x.new_zeros(rows, *x.shape[1:])]))
+        self.moves += 1
+
+    def _pages(self, blocks: Sequence[int]) -> Tensor:
+        at = sent(blocks, torch.long, self.k_pages.device)
+        return (at[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=at.device)).flatten()
+
+
+class PageTable:
+    """The blocks of some sequences in order, on the host, and the same as pages on the device.
+
+    Where it can, block j of sequence b is block `b · NP + j` of the pool, its home: as long as all are at home, the
+    pool's summaries are those of the sequences, in order.
+
+    Attributes:
+        blocks: per sequence, the blocks it holds.
+        pages: int32 `[B, H, NP]`; entries past a sequence's blocks have no meaning.
+        at_home: whether all blocks are.
+    """
+
+    def __init__(self, pool: PagePool, batch_size: int, width: int):
+        device = pool.k_pages.device
+        self.pool, self.at_home = pool, True
+        self.blocks: list[list[int]] = [[] for _ in range(batch_size)]
+        self.pages = torch.zeros(batch_size, pool.kv_heads, width, dtype=torch.int32, device=device)
+
+    @property
+    def width(self) -> int:
+        return self.pages.shape[2]
+
+    def blocks_needed(self, tokens: Sequence[int], counts: Sequence[int]) -> int:
+        """Free blocks that `counts[b]` tokens after `tokens[b]` take, those for copies of shared ones included."""
+        block_n, needed, writers = self.pool.block_n, 0, {}
+        for own, start, count in zip(self.blocks, tokens, counts):
+            needed += max(0, -(-(start + count) // block_n) - len(own))
+            if count and start % block_n:
+                block = own[start // block_n]
+                writers[block] = writers.get(block, 0) + 1
+        # the last holder of a block writes to it in place
+        return needed + sum(min(n, self.pool.holders[block] - 1) for block, n in writers.items())
+
+    def extend(self, tokens: Sequence[int], counts: Sequence[int]) -> None:
+        """Makes room for `counts[b]` tokens after `tokens[b]`: takes blocks, and copies open ones that others hold.
+
+        Undone by `cut`, but for the copies: they hold what the shared blocks did.
+        """
+        pool, block_n, places, copied = self.pool, self.pool.block_n, [], []
+        pool.require(self.blocks_needed(tokens, counts))
+        for b, (own, start, count) in enumerate(zip(self.blocks, tokens, counts)):
+            j = start // block_n
+            if count and start % block_n and pool.holders[own[j]] > 1:
+                copy = pool.take(b * self.width + j)
+                copied.append((own[j], copy))
+                pool.release([own[j]])
+                own[j] = copy
+                places.append((b, j))
+            for j in range(len(own), -(-(start + count) // block_n)):
+                own.append(pool.take(b * self.width + j))
+                places.append((b, j))
+        if copied:
+            pool.copy(*zip(*copied))
+        self._publish(places)
+
+    def locate(self, sequence: Tensor, position: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """The blocks int64 `[N]` of the tokens at these positions, which `extend` made room for.
+
+        From the host's books: a damaged `pages` leads no write astray.
+        """
+        block_n, touched, offsets = self.pool.block_n, [], []
+        for own, start, count in zip(self.blocks, tokens, counts):
+            first = start // block_n
+            offsets.append(len(touched) - first)
+            touched += own[first : -(-(start + count) // block_n)] if count else []
+        both = sent(offsets + touched, torch.long, sequence.device)
+        return both[len(offsets) :][both[sequence] + position // block_n]
+
+    def filled(self, tokens: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """The blocks that become full."""
+        block_n, blocks = self.pool.block_n, []
+        for own, start, count in zip(self.blocks, tokens, counts):
+            blocks += own[start // block_n : (start + count) // block_n]
+        return blocks
+
+    def cut(self, tokens: Sequence[int]) -> None:
+        """Gives back what lies beyond `tokens[b]` of each sequence."""
+        for own, left in zip(self.blocks, tokens):
+            kept = -(-left // self.pool.block_n)
+            self.pool.release(own[kept:])
+            del own[kept:]
+        self.at_home = self.at_home or not any(self.blocks)
+
+    def follow(self, origin: PageTable, order: Sequence[int]) -> None:
+        """Sequence i goes on from what sequence `order[i]` of `origin` holds, over the same pool."""
+        fresh = [list(origin.blocks[b]) for b in order]
+        kept = [_shared(old, new) for old, new in zip(self.blocks, fresh)]
+        for new, n in zip(fresh, kept):  # all are held before any is given back
+            self.pool.hold(new[n:])
+        for old, n in zip(self.blocks, kept):
+            self.pool.release(old[n:])
+        self.at_home = origin.at_home and (list(order) == list(range(len(order))) or not any(fresh))
+        self.blocks = fresh
+        self.pages.copy_(origin.pages[sent(order, torch.long, self.pages.device)])
+
+    def widen(self, width: int) -> None:
+        """Makes room for `width` blocks per sequence, in other memory."""
+        self.at_home = not any(self.blocks[1:]) and self.at_home
+        pages = self.pages.new_zeros(*self.pages.shape[:2], width)
+        pages[:, :, : self.width] = self.pages
+        self.pages = pages
+
+    def summaries(self, sequence: Tensor | slice, blocks: int) -> Tensor:
+        """The summaries of the first `blocks` blocks of some sequences, `[b, blocks, H, D]`."""
+        B, H, NP = self.pages.shape
+        pool = self.pool.summaries
+        if self.at_home and isinstance(sequence, slice) and pool.shape[0] >= B * NP:
+            return pool[: B * NP].unflatten(0, (B, NP))[sequence, :blocks]
+        # every head's page of a block tells which block; entries without meaning may be anything
+        own = (self.pages[sequence, 0, :blocks].long() // H).clamp(0, pool.shape[0] - 1)
+        return pool[own]
+
+    def _publish(self, places: list[tuple[int, int]]) -> None:
+        """Brings entries of `pages` in line with `blocks`."""
+        if not places:
+            return
+        H, device = self.pool.kv_heads, self.pages.device
+        numbers = [(b, j, self.blocks[b][j]) for b, j in places]
+        self.at_home = self.at_home and all(block == b * self.width + j for b, j, block in numbers)
+        b, j, block = sent(numbers, torch.long, device).unbind(1)
+        self.pages[b, :, j] = (block[:, None] * H + torch.arange(H, device=device)).int()
+
+
+def _shared(old: list[int], new: list[int]) -> int:
+    """How many blocks two lists begin with in common. Beyond the first difference none is the same: sharing begins with
+    a copy of a list and ends at its last block.
+    """
+    low, high = 0, min(len(old), len(new))
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if old[middle] == new[middle] else (low, middle)
+    return low
