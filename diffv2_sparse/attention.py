@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "hopper", "triton", "torch", "flex", "flash", "reference")
 KERNELS = ("triton",)  # which of ours "auto" takes on CUDA: the first that can
-PAGED_BACKENDS = ("auto", "triton", "torch")
+PAGED_BACKENDS = ("auto", "triton", "torch", "xformers")
 
 
 def diff_attention(
@@ -130,7 +130,9 @@ def diff_attention_paged(
         pages: keys and values, one page = one key block of one KV head.
         selection: its `block_n` is the page size; None attends to everything.
         scale: of the logits; D ** -0.5 by default.
-        backend: "auto", "triton" (CUDA; reads nothing on the host, so graphs can hold it) or "torch" (any device).
+        backend: "auto", "triton" (CUDA), "torch" (any device) or "xformers" (CUDA, 16 bit, pages of a multiple of 64
+            keys, D a power of two from 16 to 512; it folds query tokens into the batch, so for few of them). Of those
+            for CUDA nothing is read back to the host, so graphs can hold them.
 
     Returns:
         `[B, T, HO, D]` in q's dtype. A query before its sequence's first key gets 0.
@@ -138,6 +140,7 @@ def diff_attention_paged(
     Raises:
         ValueError: shapes, dtypes or devices disagree, the selection's blocks are no pages of this cache, or a backend
             that cannot do what is asked.
+        ImportError: xFormers is named and cannot be imported.
     """
     if backend not in PAGED_BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(PAGED_BACKENDS)} for paged keys, got {backend!r}")
@@ -168,6 +171,17 @@ def diff_attention_paged(
         _check_selection(selection, q, page_table.shape[1], lam_logit, None)
         if selection.block_n != k_pages.shape[1]:
             raise ValueError(f"selection: expected block_n {k_pages.shape[1]}, the page size, got {selection.block_n}")
+    attend = _paged_backend(backend, q)
+    scale = D**-0.5 if scale is None else scale
+    with torch.no_grad():
+        return attend(q, k_pages, v_pages, page_table, pages.lengths, lam_logit, selection, scale=scale)
+
+
+def _paged_backend(backend: str, q: Tensor):
+    if backend == "xformers":
+        from .xformers_paged import xformers_paged
+
+        return xformers_paged
     from .blockwise import blockwise_paged
     from .ops import obstacle, triton_paged
 
@@ -176,10 +190,7 @@ def diff_attention_paged(
         backend = "triton" if q.is_cuda and reason is None else "torch"
     if backend == "triton" and reason:
         raise ValueError(f'backend: "triton": {reason}; "torch" would do')
-    attend = triton_paged if backend == "triton" else blockwise_paged
-    scale = D**-0.5 if scale is None else scale
-    with torch.no_grad():
-        return attend(q, k_pages, v_pages, page_table, pages.lengths, lam_logit, selection, scale=scale)
+    return triton_paged if backend == "triton" else blockwise_paged
 
 
 def _automatic(q: Tensor, selection: BlockSelection | None, plain: bool) -> str:

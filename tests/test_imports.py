@@ -16,7 +16,7 @@ FLOORS = (
     {"kernels"},
     {"selection"},
     {"reference", "blockwise", "adapters", "ops"},
-    {"selectors", "pages", "cache_spec", "cache", "attention"},
+    {"selectors", "pages", "cache_spec", "cache", "xformers_paged", "attention"},
     {"yoco", "hf", "haystack", "tokenizer", "environment"},
     {"train", "curriculum", "niah", "niah_answers", "niah_cells", "niah_report", "continuation"},
     {"cli"},
@@ -132,7 +132,9 @@ def test_what_the_core_needs():
         elif found.room in CORE and not found.lazy:
             assert top in stdlib | {"torch"}, f"{found.room} imports {top} when it is loaded"
         elif found.room in CORE:
-            optional = {"adapters": {"flash_attn", "xformers"}, "ops": {"triton"}}.get(found.room, set())
+            optional = {"adapters": {"flash_attn"}, "xformers_paged": {"xformers"}, "ops": {"triton"}}.get(
+                found.room, set()
+            )
             assert top in stdlib | {"torch"} | optional, f"{found.room} imports {top}"
         else:
             assert top != "triton", f"{found.room} imports triton; the kernels are the core's business"
