@@ -286,12 +286,18 @@ class SharedKVCache:
     def is_croppable(self) -> bool:
         return self.max_rollback > 0
 
+    def activate_past_recording(self) -> None:
+        """Raises ValueError unless tokens can be taken back."""
+        if not self.is_croppable:
+            raise ValueError("cache: expected max_rollback > 0 where tokens are to be taken back, got 0")
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last −`tokens_to_remove` columns.
 
         Raises:
             ValueError: a positive number, or columns with padding; and as `truncate`.
         """
+        tokens_to_remove = int(tokens_to_remove)  # older versions of Transformers pass a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected a number ≤ 0, minus the columns, got {tokens_to_remove}")
         if -tokens_to_remove > self.whole_columns:

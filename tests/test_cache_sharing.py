@@ -5,6 +5,7 @@ model against sequences that share nothing. What a caller can do wrong changes n
 import copy
 import gc
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -229,6 +230,24 @@ def test_a_shared_prompt_is_kept_once():
     assert_holds(cache, [prompt])
 
 
+def test_copies_of_shared_blocks_need_room_and_the_last_holder_needs_none():
+    cache = SharedKVCache(spec(), 3, CAPACITY, blocks=2)
+    prompt = torch.randn(3, H, D)
+    append(cache, [prompt, *fresh(0, 0)])
+    cache.reorder_cache(torch.tensor([0, 0, 0]))  # one block for three, one free
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match=r"expected 2 free key blocks \(4 pages\), got 1 \(2 pages\) of a pool of 2"):
+        append(cache, fresh(1, 1, 1))
+    assert_same(before, snapshot(cache))
+    rows = fresh(1, 0, 0)
+    append(cache, rows)  # a copy
+    with pytest.raises(ValueError, match="expected 1 free key blocks"):
+        append(cache, fresh(0, 1, 0))
+    cache.reset([2])
+    append(cache, [torch.empty(0, H, D), rows[0], torch.empty(0, H, D)])  # in place
+    assert_holds(cache, [torch.cat([prompt, rows[0]])] * 2 + [torch.empty(0, H, D)])
+
+
 def test_an_exhausted_pool_says_what_is_missing_and_what_helps():
     model = tiny_model(sparse_mode="pair_mean")
     cache = model.new_cache(2, 40, blocks=12)
@@ -443,3 +462,69 @@ def test_pages_are_views_of_the_cache():
     assert pages.page_table.shape == (2, H, 2)
     assert pages.lengths.data_ptr() == cache.lengths.data_ptr()
     assert pages.page_table.data_ptr() == cache.page_table.data_ptr()
+
+
+@pytest.fixture
+def _no_waiting():
+    """Any wait of the host for the GPU raises, once the test calls `torch.cuda.set_sync_debug_mode("error")`."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_no_waiting")
+def test_appending_waits_for_nothing_and_a_graph_reads_what_is_appended():
+    device = torch.device("cuda")
+    cache = SharedKVCache(
+        spec(head_dim=64, block_n=64, dtype=torch.bfloat16, device=device), 2, 400, blocks=20, max_rollback=3
+    )
+    options = {"dtype": torch.bfloat16, "device": device}
+
+    def append_some(*counts):
+        k, v = (torch.randn(sum(counts), H, 64, **options) for _ in range(2))
+        sequence, position = spans(counts, cache.tokens, device)
+        cache.append(k, v, sequence, position, counts, max(counts))
+
+    append_some(126, 7)
+    q, lam_logit = torch.randn(2, 1, 8, 64, **options), torch.randn(2, 1, 4, **options)
+
+    def attend():
+        pages = PagedKV(cache.k_pages, cache.v_pages, cache.page_table, cache.lengths)
+        return diff_attention_paged(q, lam_logit, pages, backend="triton")
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = attend()
+    seen = []
+    for act in (
+        lambda: append_some(1, 1),
+        lambda: append_some(1, 130),  # into new pages
+        lambda: cache.truncate((2, 1)),
+        lambda: append_some(5, 0),
+    ):
+        torch.cuda.set_sync_debug_mode("error")
+        act()
+        cache.full_summaries()
+        torch.cuda.set_sync_debug_mode("default")
+        graph.replay()
+        assert torch.equal(o, attend())
+        seen.append(o.clone())
+    assert all(not torch.equal(a, b) for a, b in pairwise(seen))
+    cache.reorder_cache(torch.tensor([1, 1]))
+    append_some(1, 1)  # one of them copies the open page
+    graph.replay()
+    assert torch.equal(o, attend())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_no_waiting")
+@pytest.mark.parametrize("mode", ["dense", "pair_mean"])
+def test_decoding_waits_for_nothing(mode):
+    model = tiny_model(torch.bfloat16, sparse_mode=mode, head_dim=16, sparse_block_n=16).cuda()
+    tokens = torch.randint(1, VOCAB, (2, 70), device="cuda")
+    cache = model.prefill(tokens[:, :60], cache=model.new_cache(2, 100))[1]
+    model.decode(tokens[:, 60:61], cache)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    for t in range(61, 70):
+        model.decode(tokens[:, t : t + 1], cache)

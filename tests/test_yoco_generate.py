@@ -65,13 +65,44 @@ def test_generation_ends_at_the_end_of_sequence():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: not supported"),
         ({"cache_implementation": "static"}, "cache_implementation: expected None, got 'static'"),
     ],
 )
 def test_ways_to_generate_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_model().generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize("self_decoder", SELF_DECODERS)
+@pytest.mark.parametrize("mode", ["dense", "pair_mean"])
+def test_candidates_that_are_not_accepted_are_taken_back(self_decoder, mode):
+    """The same tokens as greedy decoding, looked up in the prompt, right or wrong."""
+    model = tiny_model(self_decoder=self_decoder, sparse_mode=mode)
+    tokens = torch.randint(1, VOCAB, (1, 6)).repeat(1, 5)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(tokens, **options)
+    counts = []
+    model.model.cross_layers[-1].mlp.register_forward_hook(lambda _, inputs, __: counts.append(inputs[0].shape[-2]))
+    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=3, **options), expected)
+    assert max(counts) == 4  # three candidates and the token before them
+    cache = model.new_cache(1, 60, max_rollback=5)
+    told = model.generate(
+        tokens, prompt_lookup_num_tokens=5, past_key_values=cache, return_dict_in_generate=True, **options
+    )
+    assert torch.equal(told.sequences, expected)
+    assert cache.tokens == (41,)  # the last token has not been read
+
+
+def test_candidates_need_a_cache_that_can_be_cut_back():
+    model, tokens = tiny_model(sparse_mode="pair_mean", sparse_block_m=3), torch.ones(1, 8, dtype=torch.long)
+    options = {"max_new_tokens": 4, "prompt_lookup_num_tokens": 2}
+    with pytest.raises(ValueError, match="expected sparse_block_m = 1, as tokens cannot be taken back"):
+        model.generate(tokens, **options)
+    model = tiny_model()
+    with pytest.raises(ValueError, match="cache: expected max_rollback > 0"):
+        model.generate(tokens, past_key_values=model.new_cache(1, 20), **options)
+    with pytest.raises(ValueError, match=r"assistant_model: expected past_key_values = model.new_cache\("):
+        model.generate(tokens, max_new_tokens=4, assistant_model=tiny_model(num_hidden_layers=2))
 
 
 def test_a_cache_that_is_too_small_is_refused():

@@ -398,12 +398,26 @@ class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, GenerationMixin):
         self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
     ) -> None:
         """Called by `generate`: the cache is ours, with room for the prompt and what will be generated."""
-        if generation_mode == "assisted_generation":
-            raise ValueError(
-                "assistant_model, prompt_lookup_num_tokens: not supported, this cache cannot be cut back yet"
-            )
         if generation_config.cache_implementation is not None:
             raise ValueError(f"cache_implementation: expected None, got {generation_config.cache_implementation!r}")
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        given, max_rollback = model_kwargs.get("past_key_values"), 0
+        if generation_mode == "assisted_generation":
+            max_rollback = generation_config.prompt_lookup_num_tokens or 0
+            self._check_rollback(given, max_rollback)
+        if given is None and generation_config.use_cache is not False:
             sequences = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = self.new_cache(sequences, max_cache_length)
+            capacity = max_cache_length + max_rollback  # the last candidates may reach past the end
+            model_kwargs["past_key_values"] = self.new_cache(sequences, capacity, max_rollback=max_rollback)
+
+    def _check_rollback(self, cache: SharedKVCache | None, max_rollback: int) -> None:
+        """Raises ValueError unless candidates that are not accepted can be taken back."""
+        if self.config.sparse_mode != "dense" and self.config.sparse_block_m > 1:
+            raise ValueError(
+                f"assistant_model, prompt_lookup_num_tokens: expected sparse_block_m = 1, as tokens cannot be taken "
+                f"back into earlier rows, got {self.config.sparse_block_m}"
+            )
+        if cache is None and max_rollback == 0:
+            raise ValueError(
+                "assistant_model: expected past_key_values = model.new_cache(..., max_rollback=n) with n no less than "
+                "the assistant's tokens at a time, got None"
+            )
