@@ -269,11 +269,11 @@ def test_an_exhausted_pool_says_what_is_missing_and_what_helps():
 def test_a_corrupted_page_table_harms_its_own_sequence_alone(entry, selected):
     model = tiny_model(sparse_mode=selected)
     tokens, mask = ragged_tokens(30, (0, 7))
-    clean, broken = (model.prefill(tokens[:, :24], mask[:, :24], model.new_cache(2, 60))[1] for _ in range(2))
+    clean, broken = (model.prefill(tokens[:, :22], mask[:, :22], model.new_cache(2, 60))[1] for _ in range(2))
     broken.reorder_cache(torch.tensor([0, 1]))
     broken.table.at_home = False  # as after sharing: summaries go through the table, too
     broken.page_table[0] = entry
-    expected, got = (model.decode(tokens[:, 24:], cache) for cache in (clean, broken))
+    expected, got = (model.decode(tokens[:, 22:], cache) for cache in (clean, broken))  # from inside a block
     assert got.isfinite().all()
     assert torch.equal(got[1], expected[1])
     assert (got[0] - expected[0]).abs().max() > 1e-3
@@ -371,6 +371,7 @@ def test_tokens_taken_back_leave_no_trace(self_decoder, mode):
                 torch.testing.assert_close(logits[:, :right], whole[:, at : at + right], rtol=0, atol=1e-9)
             cache.crop(-wrong)
             at += right
+            assert cache.get_seq_length() == at
         assert cache.tokens == (at, at - 9, at - 3)
         last = model.decode(tokens[:, at:], cache)
     torch.testing.assert_close(last, whole[:, at:], rtol=0, atol=1e-9)
