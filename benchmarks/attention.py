@@ -26,8 +26,10 @@ from records import OURS, tokens_name
 
 from diffv2_sparse import BlockSelection, TopK, diff_attention, select_blocks
 
-BACKENDS = ("triton",)  # ours on a GPU, each a column of its own
+BACKENDS = ("hopper", "triton")  # ours on a GPU, each a column of its own
 ON_GPU = torch.cuda.is_available()
+# Products over the forward's: a backward is 5 to its 2; in two passes over pairs of heads it executes 11 to its 4.
+PASSES = {"fwd": 1, "fwd+bwd": 3.5, "bwd": 2.75}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Sizes:
     trained_tokens: int
     dense_tokens: int
     long_tokens: int
+    few_tokens: int
+    half_D: int
+    large_groups: tuple[int, int]  # HQ, H
+    small_groups: tuple[int, int]
     fitted_tokens: tuple[int, ...]  # dense lengths that the longest is extrapolated from
     large: Lists
     medium: Lists
@@ -74,6 +80,10 @@ FULL = Sizes(
     trained_tokens=1 << 16,
     dense_tokens=1 << 15,
     long_tokens=1 << 20,
+    few_tokens=1 << 14,
+    half_D=64,
+    large_groups=(64, 4),
+    small_groups=(32, 8),
     fitted_tokens=(1 << 15, 1 << 16, 1 << 17),
     large=Lists(128, 128, 32),
     medium=Lists(64, 64, 64),
@@ -97,6 +107,10 @@ SMOKE = Sizes(
     trained_tokens=64,
     dense_tokens=64,
     long_tokens=256,
+    few_tokens=64,
+    half_D=8,
+    large_groups=(8, 2),
+    small_groups=(4, 4),
     fitted_tokens=(64, 128),
     large=Lists(32, 32, 5),
     medium=Lists(16, 16, 7),
@@ -114,15 +128,15 @@ class Problem:
     """One sequence, and the cases over it."""
 
     def __init__(
-        self, sizes: Sizes, tokens: int, *, heads: tuple[int, int] | None = None, D: int | None = None, learns=False
+        self, sizes: Sizes, tokens: int, *, heads: tuple[int, int] | None = None, D: int | None = None, phase="fwd"
     ):
         HQ, H = heads or sizes.heads
         D = D or sizes.D
-        self.sizes, self.learns = sizes, learns
-        self.phase, passes = ("fwd+bwd", 3.5) if learns else ("fwd", 1)  # a backward is 5 products to the forward's 2
+        self.sizes, self.phase = sizes, phase
+        learns = phase != "fwd"
         self.shape = {"B": 1, "T": tokens, "S": tokens, "HQ": HQ, "H": H, "D": D}
         self.shape["dtype"] = str(sizes.dtype).removeprefix("torch.")
-        self.tflop_per_key = 4e-12 * D * HQ * passes  # of one query token and one key, all heads
+        self.tflop_per_key = 4e-12 * D * HQ * PASSES[phase]  # of one query token and one key, all heads
         present = min(tokens, sizes.at_most or tokens)
         generator = torch.Generator(sizes.device).manual_seed(1)
 
@@ -194,7 +208,10 @@ class Problem:
         return self._peer(lambda: lambda: diff_attention(*self.x.all, selection, backend=backend))
 
     def _peer(self, build):
-        return lambda: peers.with_gradients(build(), self.x) if self.learns else build()
+        if self.phase == "fwd":
+            return build
+        differentiated = peers.with_gradients if self.phase == "fwd+bwd" else peers.gradients_alone
+        return lambda: differentiated(build(), self.x)
 
 
 def selected_tiles(tokens: int, lists: Lists) -> int:
@@ -224,16 +241,30 @@ def forward(sizes: Sizes) -> Iterator[list[Case]]:
 
 def training(sizes: Sizes) -> Iterator[list[Case]]:
     """Forward and backward over drawn lists."""
-    problem = Problem(sizes, sizes.trained_tokens, learns=True)
+    problem = Problem(sizes, sizes.trained_tokens, phase="fwd+bwd")
     cases = problem.over(LARGE, sizes.large, {peers.FLEX: peers.flex, peers.FA4: peers.fa4})
     yield cases + problem.over("one token a row, model-like lists", sizes.token.like_a_model())
+
+
+def backward(sizes: Sizes) -> Iterator[list[Case]]:
+    """The backward alone, over drawn lists."""
+    problem = Problem(sizes, sizes.tokens, phase="bwd")
+    yield problem.over(LARGE, sizes.large) + problem.over("medium blocks", sizes.medium)
+
+
+def shapes(sizes: Sizes) -> Iterator[list[Case]]:
+    """Other heads, rows that fill no tile, and a sequence that is soon over."""
+    yield Problem(sizes, sizes.tokens, D=sizes.half_D).over("heads of half the size", sizes.large)
+    yield Problem(sizes, sizes.tokens, heads=sizes.large_groups).over("twice the heads in a group", sizes.large)
+    yield Problem(sizes, sizes.tokens, heads=sizes.small_groups).over("rows of half a tile", sizes.short)
+    yield Problem(sizes, sizes.few_tokens).over("few tokens", sizes.large)
 
 
 def dense(sizes: Sizes) -> Iterator[list[Case]]:
     """Dense causal attention, forward, then with its backward."""
     every = {peers.DENSE: peers.dense, peers.FA4_DENSE: peers.fa4_dense, peers.FLASH_DENSE: peers.flash_dense}
-    for learns in (False, True):
-        yield Problem(sizes, sizes.dense_tokens, learns=learns).dense(every, ours=True)
+    for phase in ("fwd", "fwd+bwd"):
+        yield Problem(sizes, sizes.dense_tokens, phase=phase).dense(every, ours=True)
 
 
 def selection(sizes: Sizes) -> Iterator[list[Case]]:
@@ -311,6 +342,8 @@ BENCHMARK = Benchmark(
     groups={
         "forward": (forward, 12),
         "training": (training, 8),
+        "backward": (backward, 6),
+        "shapes": (shapes, 1),
         "dense": (dense, 4),
         "selection": (selection, 8),
         "million": (million, 14),

@@ -5,13 +5,15 @@ or a *share* (a time over the time of what it serves). Rows without a bar are th
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from records import OURS
 
 DENSE = ("cuDNN + subtraction", "SDPA + subtraction")  # the peer on a GPU, and where there is none
 FLEX = ("FlexAttention + subtraction",)
+FA4, FA4_DENSE = ("FA4 block-sparse + subtraction",), ("FA4 dense + subtraction",)
 XFORMERS = ("xFormers + subtraction",)
+CUBLAS = ("cuBLAS",)
 LARGE, TOKEN = "large blocks", "one token a row, model-like lists"
 
 Value = Callable[["Found", str], float]
@@ -26,6 +28,7 @@ class Bar:
         value: reads it off the records for one backend; LookupError where a record is missing or failed.
         bar, reach: the number to meet, and the one to reach for; None where there is none.
         at_most: whether less is better.
+        backend: whose number it is; None for all.
     """
 
     row: str
@@ -33,6 +36,7 @@ class Bar:
     bar: float | None = None
     reach: float | None = None
     at_most: bool = False
+    backend: str | None = None
 
 
 class Found:
@@ -62,7 +66,7 @@ def evaluate(bars: Iterable[Bar], records: list[dict]) -> list[dict]:
     """One row per bar and backend: {row, backend, value, bar, reach, at_most, met}; `why` where there is no value."""
     found, rows = Found(records), []
     for backend in found.backends():
-        for bar in bars:
+        for bar in (bar for bar in bars if bar.backend in (None, backend)):
             row = {"row": bar.row, "backend": backend, "value": None, "bar": bar.bar, "reach": bar.reach}
             row |= {"at_most": bar.at_most, "met": None}
             try:
@@ -90,6 +94,27 @@ def rate(group: str, case: str, phase: str) -> Value:
     """Our TFLOP/s over those in large blocks."""
     return lambda found, backend: (
         found(group, case, phase, backend=backend)["tflops"] / found(group, LARGE, phase, backend=backend)["tflops"]
+    )
+
+
+def of_large(group: str, case: str) -> Value:
+    """Our TFLOP/s of a forward over those in large blocks of the first group."""
+    return lambda found, backend: (
+        found(group, case, "fwd", backend=backend)["tflops"] / found(*_AT_LARGE, backend=backend)["tflops"]
+    )
+
+
+def of_cublas(group: str, phase: str) -> Value:
+    """Our TFLOP/s in large blocks over those of a large matrix product."""
+    return lambda found, backend: (
+        found(group, LARGE, phase, backend=backend)["tflops"] / found(group, "matrix product", "fwd", CUBLAS)["tflops"]
+    )
+
+
+def than_triton(group: str, case: str, phase: str) -> Value:
+    return lambda found, backend: (
+        found(group, case, phase, backend="triton")["median_ms"]
+        / found(group, case, phase, backend=backend)["median_ms"]
     )
 
 
@@ -179,6 +204,27 @@ ATTENTION = (
     Bar("sweep, fwd: lowest over highest TFLOP/s along the lengths", evenness),
 )
 
+
+_HOPPER = (
+    Bar("fwd, 128 × 128 × 32: × triton", than_triton(*_AT_LARGE), 1.33, 1.45),
+    Bar("fwd, 128 × 128 × 32: rate of cuBLAS", of_cublas("forward", "fwd"), 0.88, 0.95),
+    Bar("fwd, 128 × 128 × 32: × FA4", faster(*_AT_LARGE, FA4), 1.05, 1.15),
+    Bar("fwd, 64 × 64 × 64: × triton", than_triton("forward", "medium blocks", "fwd"), 1.28),
+    Bar("bwd, 128 × 128 × 32: executed products, rate of cuBLAS", of_cublas("backward", "bwd"), 0.8, 0.88),
+    Bar("bwd, 128 × 128 × 32: × triton", than_triton("backward", LARGE, "bwd")),
+    Bar("fwd + bwd, 64K, 128 × 128 × 32: × FlexAttention", faster("training", LARGE, "fwd+bwd", FLEX), 1.5, 1.7),
+    Bar("fwd + bwd, 64K, 128 × 128 × 32: × FA4", faster("training", LARGE, "fwd+bwd", FA4)),
+    Bar("dense fwd, 32K: × dense peer", faster("dense", "dense", "fwd", DENSE), 1.0),
+    Bar("dense fwd, 32K: × FA4", faster("dense", "dense", "fwd", FA4_DENSE), reach=1.0),
+    Bar("dense fwd + bwd, 32K: × FA4", faster("dense", "dense", "fwd+bwd", FA4_DENSE), 0.88, 1.0),
+    Bar("fwd, heads of 64: rate of the first row", of_large("shapes", "heads of half the size"), 0.6),
+    Bar("fwd, 4 heads × 16 tokens: rate of the first row", of_large("shapes", "rows of half a tile"), 0.45),
+    Bar("fwd, 16 heads a group: rate of the first row", of_large("shapes", "twice the heads in a group"), 0.85),
+    Bar("fwd, 16K tokens: rate of the first row", of_large("shapes", "few tokens"), 0.85),
+    Bar("fwd, 1M tokens: rate of the first row", of_large("million", LARGE), 0.85),
+    Bar("fwd, block_m 16: rate of the first row", of_large("forward", "short rows"), 0.85),
+)
+ATTENTION += tuple(replace(bar, row=f"Hopper: {bar.row}", backend="hopper") for bar in _HOPPER)
 
 _LONGEST, _SHORTER = "1M keys, batch 1", "32K keys, batch 1"
 

@@ -174,7 +174,7 @@ def test_work_counts_selected_tiles():
     assert two_classes.tflop == pytest.approx(4e-12 * SMOKE.D * tiles * 32 * 32)
     (dense,) = problem.dense({}, ours=True)
     assert dense.tflop == pytest.approx(4e-12 * SMOKE.D * 4 * 128 * 128 / 2)
-    learning = attention.Problem(SMOKE, 128, learns=True).over("c", lists)[0]
+    learning = attention.Problem(SMOKE, 128, phase="fwd+bwd").over("c", lists)[0]
     assert learning.tflop == pytest.approx(3.5 * case.tflop)
 
 
@@ -280,7 +280,7 @@ def test_bars_read_records():
         measured("selection", "medium blocks", "select", records.OURS, "auto", 1.0, error="OutOfMemoryError: full"),
     ]
     rows = {row["row"]: row for row in bars.evaluate(bars.ATTENTION, found)}
-    assert len(rows) == len(bars.ATTENTION)
+    assert len(rows) == sum(bar.backend is None for bar in bars.ATTENTION)
     flex = rows["fwd, 128 × 128 × 32: × FlexAttention"]
     assert (flex["value"], flex["bar"], flex["met"], flex["backend"]) == (1.1, 1.12, False, "triton")
     assert rows["fwd, block_m 16: rate of block_m 128"]["value"] == 0.8
@@ -295,13 +295,37 @@ def test_bars_read_records():
     assert failed["met"] is None
 
 
+def test_bars_of_one_backend():
+    """What the Hopper kernels are to reach is asked of them alone."""
+    fwd = ("forward", bars.LARGE, "fwd")
+    found = [
+        measured(*fwd, records.OURS, "hopper", 25.0),
+        measured(*fwd, records.OURS, "triton", 40.0),
+        measured("forward", "matrix product", "fwd", "cuBLAS", None, 20.0),
+        measured("shapes", "few tokens", "fwd", records.OURS, "hopper", 50.0),
+    ]
+    values = {(row["row"], row["backend"]): row["value"] for row in bars.evaluate(bars.ATTENTION, found)}
+    assert values["Hopper: fwd, 128 × 128 × 32: × triton", "hopper"] == 1.6
+    assert values["Hopper: fwd, 128 × 128 × 32: rate of cuBLAS", "hopper"] == 0.8
+    assert values["Hopper: fwd, 16K tokens: rate of the first row", "hopper"] == 0.5
+    assert not any(row.startswith("Hopper") for row, backend in values if backend == "triton")
+
+
 def test_every_number_to_reach_has_its_row():
-    """The kernels' issue: fifteen bars of prefill and training, one of decoding."""
-    limits = [(bar.bar, bar.reach) for bar in bars.ATTENTION if bar.bar is not None]
+    """The kernels' issue: fifteen bars of prefill and training, one of decoding; the Hopper kernels' own."""
+    limits = [(bar.bar, bar.reach) for bar in bars.ATTENTION if bar.bar is not None and bar.backend is None]
     assert sorted(limits, key=str) == sorted(
         [
             *[(1.12, 1.2), (1.08, None), (0.85, None), (0.1, 0.3), (0.3, 0.6), (1.12, 1.25), (0.25, 0.5)],
             *[(0.12, None), (0.22, None), (0.02, None), (11, 13), (55, None), (90, None), (1.5, 1.35), (0.1, None)],
+        ],
+        key=str,
+    )
+    hopper = [(bar.bar, bar.reach) for bar in bars.ATTENTION if bar.bar is not None and bar.backend == "hopper"]
+    assert sorted(hopper, key=str) == sorted(
+        [
+            *[(1.33, 1.45), (0.88, 0.95), (1.05, 1.15), (1.28, None), (0.8, 0.88), (1.5, 1.7), (1.0, None)],
+            *[(0.88, 1.0), (0.6, None), (0.45, None), *[(0.85, None)] * 4],
         ],
         key=str,
     )
@@ -344,7 +368,7 @@ def attention_results(tmp_path_factory):
 
 def test_attention_from_end_to_end(attention_results):
     content = json.loads(attention_results.read_text())
-    check_schema(content, {"forward", "training", "dense", "selection", "million", "sweep"})
+    check_schema(content, set(attention.BENCHMARK.groups))
     found = bars.Found(content["records"])
     ours = found("forward", bars.LARGE, "fwd", backend="torch")
     flex = found("forward", bars.LARGE, "fwd", [peers.FLEX])
@@ -400,7 +424,7 @@ def test_what_was_measured_survives_a_failure(tmp_path, monkeypatch, capsys):
     assert "no inputs today" in said.out
     assert said.err.startswith("attention: interrupted; the same command continues")
     kept = json.loads((tmp_path / "attention_smoke.json").read_text())
-    assert kept["environment"]["groups"].keys() == {"forward", "training", "selection", "million"}
+    assert kept["environment"]["groups"].keys() == attention.BENCHMARK.groups.keys() - {"dense", "sweep"}
     monkeypatch.setattr(
         runner, "measure", lambda *rest: (_ for _ in ()).throw(timing.DeviceLostError("the device is lost"))
     )
