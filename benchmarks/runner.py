@@ -14,12 +14,10 @@ from pathlib import Path
 import torch
 from cases import CUBLAS, Benchmark, compile_ahead, measure
 from figures import draw
-from records import OURS, RESULTS, Results, machine, tokens_name
-from rich import box
+from records import RESULTS, Results, machine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+from tables import table_of, table_of_bars, write_page
 from timing import DeviceLostError
 
 
@@ -58,10 +56,12 @@ def main(benchmark: Benchmark, described: str, arguments: list[str] | None = Non
     except (DeviceLostError, OSError) as error:
         print(f"{benchmark.name}: {error}", file=sys.stderr)
         return 1
-    console.print(bars_table(results.bars, "numbers to reach" + ", named after the full run" * options.smoke))
+    named = "numbers to reach" + ", named after the full run" * options.smoke
+    console.print(table_of_bars(results.bars, named).drawn())
     if results.records:
         figure = draw(results.path)
         console.print(f"results {results.path}" + (f"\nfigure  {figure}" if figure else ""))
+        console.print(f"page    {write_page(results.path)}")
     return 0 if complete else 1
 
 
@@ -94,7 +94,7 @@ def run(benchmark: Benchmark, groups: list[str], results: Results, report, conso
         if rates := [r["tflops"] for r in records if r["kind"] == CUBLAS and "tflops" in r]:
             facts["cublas_tflops"] = statistics.median(rates)
         results.add(name, records, **facts)
-        console.print(swept_table(records) if name == "sweep" else group_table(name, records, facts["seconds"]))
+        console.print(table_of(name, records, facts["seconds"]).drawn())
     return complete
 
 
@@ -110,62 +110,3 @@ def _progress() -> Iterator:
             bar.update(task, description=" ".join(filter(None, (doing, title))), completed=done, total=total)
 
         yield report
-
-
-def group_table(name: str, records: list[dict], seconds: float) -> Table:
-    view = Table(title=f"{name} ({seconds:.0f} s)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("case", "phase", "kind", "backend"):
-        view.add_column(column)
-    for column in ("ms", "p20", "p80", "TFLOP/s", "GiB"):
-        view.add_column(column, justify="right")
-    view.add_column("peer's time over own")
-    for r in records:
-        who = (r["case"], r["phase"], r["kind"], r["backend"] or "")
-        if "error" in r:
-            view.add_row(*who, *[""] * 5, Text(r["error"], style="red"))
-            continue
-        times = [_number(r.get(key)) for key in ("median_ms", "p20_ms", "p80_ms", "tflops", "peak_gib")]
-        ratios = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in r.get("ratios", {}).items())
-        view.add_row(*who, *times, ratios, style="bold" if r["kind"] == OURS else None)
-    return view
-
-
-def swept_table(records: list[dict]) -> Table:
-    """One line per shape, backend and budget, one column per length: milliseconds and TFLOP/s."""
-    records = [record for record in records if record["kind"] != CUBLAS]
-    lengths = sorted({record["shape"]["T"] for record in records})
-    view = Table(title="sweep: ms (TFLOP/s)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("D", "HQ/H", "case", "kind"):
-        view.add_column(column)
-    for tokens in lengths:
-        view.add_column(tokens_name(tokens), justify="right")
-    lines: dict[tuple, dict[int, str]] = {}
-    for r in records:
-        shape = r["shape"]
-        line = (str(shape["D"]), f"{shape['HQ']}/{shape['H']}", r["case"], r["backend"] or r["kind"])
-        text = "failed" if "error" in r else f"{_number(r['median_ms'])} ({r['tflops']:.0f})"
-        lines.setdefault(line, {})[shape["T"]] = text
-    for line, cells in lines.items():
-        view.add_row(*line, *(cells.get(tokens, "–") for tokens in lengths))
-    return view
-
-
-def bars_table(rows: list[dict], title: str) -> Table:
-    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("row", "backend"):
-        view.add_column(column)
-    for column in ("value", "bar", "reach for"):
-        view.add_column(column, justify="right")
-    view.add_column()
-    for row in rows:
-        sign = "≤" if row["at_most"] else "≥"
-        limits = ["" if row[key] is None else f"{sign} {row[key]:g}" for key in ("bar", "reach")]
-        said = {None: Text(row.get("why", "")), True: "[green]met", False: "[red]missed"}[row["met"]]
-        value = "–" if row["value"] is None else f"{row['value']:.3g}"
-        view.add_row(row["row"], row["backend"], value, *limits, said)
-    return view
-
-
-def _number(x: float | None) -> str:
-    """Three digits or more."""
-    return "" if x is None else f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"

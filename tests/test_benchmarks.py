@@ -25,6 +25,7 @@ import figures  # noqa: E402
 import peers  # noqa: E402
 import records  # noqa: E402
 import runner  # noqa: E402
+import tables  # noqa: E402
 import timing  # noqa: E402
 from lists import Lists  # noqa: E402
 
@@ -330,6 +331,21 @@ def test_every_number_to_reach_has_its_row():
         key=str,
     )
     assert [(bar.bar, bar.reach) for bar in bars.DECODE if bar.bar is not None] == [(24, 35)]
+
+
+def test_a_page_says_all_that_the_file_holds(tmp_path):
+    fine = measured("forward", bars.LARGE, "fwd", records.OURS, "triton", 40.0, ratios={"FA4": 0.9})
+    lost = {**measured("forward", "dense", "fwd", "a | b", None, 1.0), "error": "ImportError: none"}
+    results = records.Results(tmp_path / "x_cpu.json", lambda found: bars.evaluate(bars.ATTENTION, found))
+    results.add("forward", [{"benchmark": "x", **fine}, {"benchmark": "x", **lost}], seconds=1.0)
+    page = tables.write_page(results.path).read_text()
+    assert "| **large blocks** | fwd | ours | triton | 40 |  |  | 2.5 |  | FA4 0.90 |" in page
+    assert "| dense | fwd | a \\| b |" in page
+    assert "ImportError: none" in page
+    assert page.count("not measured") == sum(bar.backend is None for bar in bars.ATTENTION)
+    assert "time against length" not in page
+    results.path.with_suffix(".png").touch()
+    assert "](x_cpu.png)" in tables.write_page(results.path).read_text()
 
 
 # From end to end
