@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import describable, sequence_of
-from .tiles import cdiv, next_power_of_2
+from .primitives import describable, padded, sequence_of
+from .tiles import Packing, Tile, cdiv, key_tile, next_power_of_2
 
 NOTHING = tl.constexpr(2**31 - 1)  # sorts after every block
 
@@ -84,6 +84,54 @@ class Walks(NamedTuple):
     table: Tensor | None  # [NL, 2]: the sequence of a list, and its number there
     cu_q: Tensor | None
     cu_k: Tensor | None
+
+
+class Form(NamedTuple):
+    """What the compiler is told of a kernel that goes by query rows: its heads, walks and tile."""
+
+    D: int
+    DP: int  # the same as a tile has it
+    G: int  # heads of a group, of queries or, in the backward, of outputs
+    DIFF: bool
+    APART: bool  # each class has lists of its own
+    C: int  # classes in one list
+    LISTS: bool
+    MEMBERS: bool  # blocks differ in who chose them
+    PACKED: bool
+    WINDOWED: bool
+    DESCRIBED: bool  # K and V come by the copy engine
+    LIST_TOKENS: int
+    LIST_TILES: int
+    BLOCK_M: int
+    BLOCK_N: int
+    TOKENS: int  # of a tile, as HEADS; CHUNKS tiles share a group's heads
+    HEADS: int
+    CHUNKS: int
+    KEYS: int  # of a step; SUB steps walk one key block, or PER blocks are one step
+    SUB: int
+    PER: int
+
+    @classmethod
+    def of(
+        cls, lists: "Lists", D: int, G: int, packing: Packing, tile: Tile, *, differential: bool, described: bool
+    ) -> "Form":
+        keys, sub, per = key_tile(tile.keys, lists.domain.block_n)
+        return cls(
+            D=D,
+            DP=padded(D),
+            G=G,
+            DIFF=differential,
+            APART=lists.apart,
+            C=lists.classes,
+            DESCRIBED=described,
+            TOKENS=packing.tokens,
+            HEADS=packing.heads,
+            CHUNKS=packing.chunks,
+            KEYS=keys,
+            SUB=sub,
+            PER=per,
+            **lists.constants,
+        )
 
 
 @dataclass(frozen=True)

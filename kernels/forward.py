@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .domain import Domain, Lists, takes_descriptors
+from .domain import Domain, Form, Lists, takes_descriptors
 from .primitives import (
     LN2,
     LOG2E,
@@ -22,7 +22,6 @@ from .primitives import (
     keys_of,
     load_keys,
     members_of,
-    padded,
     product,
     sequence_of,
     softmax_step,
@@ -31,7 +30,7 @@ from .primitives import (
     visible,
     walk_of,
 )
-from .tiles import arch_of, fills_a_tile, key_tile, query_tile
+from .tiles import arch_of, fills_a_tile, query_tile
 
 
 @triton.jit
@@ -54,15 +53,7 @@ def _attend(
     v_strides,
     window,
     scale_log2,
-    LISTS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUB: tl.constexpr,
-    PER: tl.constexpr,
-    KEYS: tl.constexpr,
-    D: tl.constexpr,
+    form: tl.constexpr,
 ):
     """Attention of queries `[ROWS, DP]`: output in float32 and lse in base 2; 0 and −∞ where nothing is seen."""
     ROWS: tl.constexpr = q_tile.shape[0]
@@ -70,25 +61,21 @@ def _attend(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DP], tl.float32)
-    steps, clear, low, clear_from, n = walk_of(
-        i_list, pos_first, pos_last, walks.lengths, window, LISTS, WINDOWED, SUB, PER, KEYS
-    )
+    steps, clear, low, clear_from, n = walk_of(i_list, pos_first, pos_last, walks.lengths, window, form)
     for e in range(0, steps):
-        key, start, block_end = keys_of(
-            e, walks.entries, i_list * NE, n, Sk, clear, low, clear_from, LISTS, BLOCK_N, SUB, PER, KEYS
-        )
-        k_tile = load_keys(k, i_b, i_h, k0, key, start, block_end, k_strides, D, DP, PER, DESCRIBED)
+        key, start, block_end = keys_of(e, walks.entries, i_list * NE, n, Sk, clear, low, clear_from, form)
+        k_tile = load_keys(k, i_b, i_h, k0, key, start, block_end, k_strides, form)
         logits = product(q_tile, tl.trans(k_tile))
         if e >= clear:
-            seen = visible(pos[:, None], key[None, :], block_end, window, WINDOWED)
+            seen = visible(pos[:, None], key[None, :], block_end, window, form.WINDOWED)
             logits = tl.where(seen, logits, float("-inf"))
         member = pos >= 0
-        if MEMBERS:
-            member = members_of(e, walks.bits, i_list * NE, n, bit, SUB, PER, BLOCK_N, KEYS)
-            if PER > 1:
+        if form.MEMBERS:
+            member = members_of(e, walks.bits, i_list * NE, n, bit, form)
+            if form.PER > 1:
                 logits = tl.where(member, logits, float("-inf"))
-        weights, decay, m, l = softmax_step(logits, m, l, scale_log2, member, MEMBERS and PER == 1)
-        v_tile = load_keys(v, i_b, i_h, k0, key, start, block_end, v_strides, D, DP, PER, DESCRIBED)
+        weights, decay, m, l = softmax_step(logits, m, l, scale_log2, member, form.MEMBERS and form.PER == 1)
+        v_tile = load_keys(v, i_b, i_h, k0, key, start, block_end, v_strides, form)
         acc = product(weights.to(v_tile.dtype), v_tile, acc * decay[:, None])
     total = tl.where(l == 0.0, 1.0, l)
     return acc / total[:, None], m + tl.log2(total)
@@ -115,54 +102,36 @@ def _forward_kernel(
     NE,
     window,
     scale_log2,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DIFF: tl.constexpr,
-    C: tl.constexpr,
-    APART: tl.constexpr,
+    form: tl.constexpr,
     SAVE_LSE: tl.constexpr,
     SAVE_NOISE: tl.constexpr,
-    LISTS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    PACKED: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    LIST_TOKENS: tl.constexpr,
-    LIST_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUB: tl.constexpr,
-    PER: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    KEYS: tl.constexpr,
-    DP: tl.constexpr,
 ):
     """A tile is TOKENS × HEADS of the group's G heads; APART, it is of one class, noise first and then signal."""
-    ROWS: tl.constexpr = TOKENS * HEADS
-    EACH: tl.constexpr = 2 if APART else 1
-    i_b, i_h, i_c, i_list, skipped = tile_of(NL, H, LIST_TILES, CHUNKS, TOKENS)
-    own, _, q0, Tq, k0, Sk = sequence_of(i_list, walks.table, walks.cu_q, walks.cu_k, T, S, PACKED)
-    first = own * LIST_TOKENS + skipped
+    D: tl.constexpr = form.D
+    DP: tl.constexpr = form.DP
+    ROWS: tl.constexpr = form.TOKENS * form.HEADS
+    EACH: tl.constexpr = 2 if form.APART else 1
+    i_b, i_h, i_c, i_list, skipped = tile_of(NL, H, form.LIST_TILES, form.CHUNKS, form.TOKENS)
+    own, _, q0, Tq, k0, Sk = sequence_of(i_list, walks.table, walks.cu_q, walks.cu_k, T, S, form.PACKED)
+    first = own * form.LIST_TOKENS + skipped
     if first >= Tq:
         return
     pos_first = Sk - Tq + first
-    pos_last = tl.minimum(pos_first + TOKENS, Sk) - 1
+    pos_last = tl.minimum(pos_first + form.TOKENS, Sk) - 1
 
     rows = tl.arange(0, ROWS)
-    local = skipped + rows // HEADS
-    head = (i_c * HEADS + rows % HEADS) * EACH  # in the group, of the class 0
-    t = own * LIST_TOKENS + local  # [ROWS]
-    live = (local < LIST_TOKENS) & (t < Tq) & (head < G)
+    local = skipped + rows // form.HEADS
+    head = (i_c * form.HEADS + rows % form.HEADS) * EACH  # in the group, of the class 0
+    t = own * form.LIST_TOKENS + local  # [ROWS]
+    live = (local < form.LIST_TOKENS) & (t < Tq) & (head < form.G)
     pos = Sk - Tq + t
     t += q0
     dims = tl.arange(0, DP)
     stored = live[:, None] & (dims < D)[None, :]
-    bit = (local // BLOCK_M) * C + head % C
-    HQ = H * G
+    bit = (local // form.BLOCK_M) * form.C + head % form.C
+    HQ = H * form.G
     for c in tl.static_range(EACH - 1, -1, -1):
-        hq = i_h * G + head + c
+        hq = i_h * form.G + head + c
         q_at = q + i_b * q_strides.b + t[:, None] * q_strides.t + hq[:, None] * q_strides.h + dims[None, :]
         acc, lse_log2 = _attend(
             tl.load(q_at, mask=stored, other=0.0),
@@ -183,20 +152,12 @@ def _forward_kernel(
             v_strides,
             window,
             scale_log2,
-            LISTS,
-            MEMBERS,
-            WINDOWED,
-            DESCRIBED,
-            BLOCK_N,
-            SUB,
-            PER,
-            KEYS,
-            D,
+            form,
         )
         if SAVE_LSE:
             tl.store(lse + (i_b * HQ + hq) * T + t, lse_log2 * LN2, mask=live)
-        if APART:
-            pair = i_h * (G // 2) + head // 2
+        if form.APART:
+            pair = i_h * (form.G // 2) + head // 2
             o_offs = ((i_b * T + t) * (HQ // 2) + pair)[:, None] * D + dims[None, :]
             if c == 1:
                 noise = acc.to(o.dtype.element_ty)
@@ -209,15 +170,15 @@ def _forward_kernel(
                 lam_at = lam_logit + i_b * lam_strides.b + t * lam_strides.t + pair * lam_strides.h
                 lam = tl.sigmoid(tl.load(lam_at, mask=live, other=0.0).to(tl.float32))
                 tl.store(o + o_offs, (acc - lam[:, None] * noise).to(o.dtype.element_ty), mask=stored)
-        elif DIFF:
+        elif form.DIFF:
             signal, noise = tl.split(tl.permute(tl.reshape(acc, [ROWS // 2, 2, DP]), (0, 2, 1)))
-            PAIRS: tl.constexpr = HEADS // 2
+            PAIRS: tl.constexpr = form.HEADS // 2
             rows = tl.arange(0, ROWS // 2)
             local = skipped + rows // PAIRS
             pair = i_c * PAIRS + rows % PAIRS
-            t = own * LIST_TOKENS + local
-            live = (local < LIST_TOKENS) & (t < Tq) & (pair < G // 2)
-            pair = i_h * (G // 2) + pair
+            t = own * form.LIST_TOKENS + local
+            live = (local < form.LIST_TOKENS) & (t < Tq) & (pair < form.G // 2)
+            pair = i_h * (form.G // 2) + pair
             t += q0
             lam_at = lam_logit + i_b * lam_strides.b + t * lam_strides.t + pair * lam_strides.h
             lam = tl.sigmoid(tl.load(lam_at, mask=live, other=0.0).to(tl.float32))
@@ -265,13 +226,13 @@ def forward(
     phase = "forward" if described else "forward_pointers"
     apart = domain.classes == 2 and fills_a_tile(phase, G // 2, domain.block_m, D, q.dtype, arch)
     tile, packing = query_tile(phase, G // 2 if apart else G, domain.block_m, D, q.dtype, arch)
-    keys, sub, per = key_tile(tile.keys, domain.block_n)
     lists = Lists(domain, packing.tokens, packing.rows, apart)
     walks, NL, NE = lists.built
+    form = Form.of(lists, D, G, packing, tile, differential=diff, described=described)
     _forward_kernel[(NL * lists.tiles * packing.chunks * B * H,)](
         q,
-        describe(k, keys) if described else k,
-        describe(v, keys) if described else v,
+        describe(k, form.KEYS) if described else k,
+        describe(v, form.KEYS) if described else v,
         lam_logit,
         o,
         o_noise,
@@ -288,22 +249,9 @@ def forward(
         NE,
         domain.window or 0,
         scale * LOG2E.value,
-        G=G,
-        D=D,
-        DIFF=diff,
-        C=lists.classes,
-        APART=apart,
+        form=form,
         SAVE_LSE=save_lse,
         SAVE_NOISE=save_noise,
-        DESCRIBED=described,
-        SUB=sub,
-        PER=per,
-        TOKENS=packing.tokens,
-        HEADS=packing.heads,
-        CHUNKS=packing.chunks,
-        KEYS=keys,
-        DP=padded(D),
-        **lists.constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

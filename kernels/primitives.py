@@ -92,18 +92,7 @@ def tile_of(NL, H, LIST_TILES: tl.constexpr, CHUNKS: tl.constexpr, TOKENS: tl.co
 
 
 @triton.jit
-def walk_of(
-    i_list,
-    pos_first,
-    pos_last,
-    lengths,
-    window,
-    LISTS: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    SUB: tl.constexpr,
-    PER: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+def walk_of(i_list, pos_first, pos_last, lengths, window, form: tl.constexpr):
     """A tile's walk over key tiles, as `steps, clear, low, clear_from, n`: the first `clear` of `steps` need no mask.
 
     With LISTS of n entries, an entry is SUB steps, or a step takes PER entries. Without, the walk takes the key tiles
@@ -112,16 +101,16 @@ def walk_of(
     low = 0
     clear_from = 0
     n = 0
-    if LISTS:
+    if form.LISTS:
         n = tl.load(lengths + 2 * i_list + 1)
-        clear = tl.load(lengths + 2 * i_list) * SUB // PER
-        steps = tl.cdiv(n * SUB, PER)
+        clear = tl.load(lengths + 2 * i_list) * form.SUB // form.PER
+        steps = tl.cdiv(n * form.SUB, form.PER)
     else:
-        if WINDOWED:
-            low = tl.maximum(pos_first - window + 1, 0) // KEYS
-            clear_from = tl.cdiv(tl.maximum(pos_last - window + 1, 0), KEYS)
-        high = pos_last // KEYS + 1
-        clear_to = tl.minimum(tl.maximum((pos_first + 1) // KEYS, clear_from), high)
+        if form.WINDOWED:
+            low = tl.maximum(pos_first - window + 1, 0) // form.KEYS
+            clear_from = tl.cdiv(tl.maximum(pos_last - window + 1, 0), form.KEYS)
+        high = pos_last // form.KEYS + 1
+        clear_to = tl.minimum(tl.maximum((pos_first + 1) // form.KEYS, clear_from), high)
         clear_from = tl.minimum(clear_from, high)
         clear = clear_to - clear_from
         steps = high - low
@@ -145,86 +134,58 @@ def keys_of(
     clear,
     low,
     clear_from,
-    LISTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUB: tl.constexpr,
-    PER: tl.constexpr,
-    KEYS: tl.constexpr,
+    form: tl.constexpr,
 ):
     """Step `e` of a walk, whose list begins `at`: its keys `[KEYS]`, the first of them, and where they end.
 
     The keys follow one another, but for steps that take PER > 1 entries.
     """
-    offs = tl.arange(0, KEYS)
+    offs = tl.arange(0, form.KEYS)
     block_end = Sk
-    if PER > 1:
-        entry = e * PER + offs // BLOCK_N
+    if form.PER > 1:
+        entry = e * form.PER + offs // form.BLOCK_N
         block = tl.load(entries + at + entry, mask=entry < n, other=0)
-        key = tl.where(entry < n, block * BLOCK_N + offs % BLOCK_N, Sk)
+        key = tl.where(entry < n, block * form.BLOCK_N + offs % form.BLOCK_N, Sk)
         start = 0
     else:
-        if LISTS:
-            block_start = tl.load(entries + at + e // SUB) * BLOCK_N
-            start = block_start + (e % SUB) * KEYS
-            block_end = tl.minimum(block_start + BLOCK_N, Sk)
+        if form.LISTS:
+            block_start = tl.load(entries + at + e // form.SUB) * form.BLOCK_N
+            start = block_start + (e % form.SUB) * form.KEYS
+            block_end = tl.minimum(block_start + form.BLOCK_N, Sk)
         else:
-            start = tile_start(e, clear, low, clear_from) * KEYS
+            start = tile_start(e, clear, low, clear_from) * form.KEYS
         key = start + offs
     return key, start, block_end
 
 
 @triton.jit
-def members_of(
-    e,
-    bits,
-    at,
-    n,
-    bit,
-    SUB: tl.constexpr,
-    PER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+def members_of(e, bits, at, n, bit, form: tl.constexpr):
     """Whether each query row, by its `bit`, chose the block of step `e`: `[ROWS]`, or `[ROWS, KEYS]` where PER > 1."""
-    if PER > 1:
-        entry = e * PER + tl.arange(0, KEYS) // BLOCK_N
+    if form.PER > 1:
+        entry = e * form.PER + tl.arange(0, form.KEYS) // form.BLOCK_N
         chosen = (tl.load(bits + at + entry, mask=entry < n, other=0)[None, :] >> bit[:, None]) & 1
     else:
-        chosen = (tl.load(bits + at + e // SUB) >> bit) & 1
+        chosen = (tl.load(bits + at + e // form.SUB) >> bit) & 1
     return chosen != 0
 
 
 @triton.jit
-def load_keys(
-    x,
-    i_b,
-    i_h,
-    k0,
-    key,
-    start,
-    block_end,
-    strides,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PER: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-):
+def load_keys(x, i_b, i_h, k0, key, start, block_end, strides, form: tl.constexpr):
     """The rows `key` of one head of k or v, [KEYS, DP], in a sequence that begins at k0.
 
     Rows from `block_end` on are 0, or, DESCRIBED (x is a tensor descriptor), keys of the same sequence.
     """
-    KEYS: tl.constexpr = key.shape[0]
-    if DESCRIBED:
-        tile = x.load([i_b.to(tl.int32), start, i_h.to(tl.int32), 0]).reshape(KEYS, DP)
+    if form.DESCRIBED:
+        tile = x.load([i_b.to(tl.int32), start, i_h.to(tl.int32), 0]).reshape(form.KEYS, form.DP)
     else:
-        dims = tl.arange(0, DP)
+        dims = tl.arange(0, form.DP)
         at = x + i_b * strides.b + k0 * strides.t + i_h * strides.h
-        if PER > 1:
+        if form.PER > 1:
             rows = key.to(tl.int64)
         else:  # one row number for all threads, and small offsets
             at += start.to(tl.int64) * strides.t
-            rows = tl.arange(0, KEYS)
-        inside = (key < block_end)[:, None] & (dims < D)[None, :]
+            rows = tl.arange(0, form.KEYS)
+        inside = (key < block_end)[:, None] & (dims < form.D)[None, :]
         tile = tl.load(at + rows[:, None] * strides.t + dims[None, :], mask=inside, other=0.0)
     return tile
 

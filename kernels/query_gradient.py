@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .domain import Domain, Lists, takes_descriptors
+from .domain import Domain, Form, Lists, takes_descriptors
 from .primitives import (
     LOG2E,
     describe,
@@ -18,7 +18,6 @@ from .primitives import (
     load_keys,
     load_lse,
     members_of,
-    padded,
     product,
     sequence_of,
     strides_of,
@@ -26,7 +25,7 @@ from .primitives import (
     visible,
     walk_of,
 )
-from .tiles import arch_of, key_tile, query_tile
+from .tiles import arch_of, query_tile
 
 
 @triton.jit
@@ -43,18 +42,16 @@ def _dscores(
     block_end,
     window,
     scale,
-    MEMBERS: tl.constexpr,
-    PER: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    form: tl.constexpr,
 ):
     """P ∘ (dP − δ) of one class, `[ROWS, KEYS]`, in the operands' dtype; 0 where hidden or not chosen."""
-    if MEMBERS and PER == 1:
+    if form.MEMBERS and form.PER == 1:
         lse = tl.where(member, lse, float("inf"))
     weights = tl.exp2(product(q_tile, tl.trans(k_tile)) * (scale * LOG2E) - lse[:, None])
-    if MEMBERS and PER > 1:
+    if form.MEMBERS and form.PER > 1:
         weights = tl.where(member, weights, 0.0)
     if masked:
-        weights = tl.where(visible(pos[:, None], key[None, :], block_end, window, WINDOWED), weights, 0.0)
+        weights = tl.where(visible(pos[:, None], key[None, :], block_end, window, form.WINDOWED), weights, 0.0)
     return (weights * (dweights - delta[:, None])).to(k_tile.dtype)
 
 
@@ -81,56 +78,39 @@ def _dq_kernel(
     NE,
     window,
     scale,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DIFF: tl.constexpr,
-    APART: tl.constexpr,
+    form: tl.constexpr,
     FROM: tl.constexpr,
     TO: tl.constexpr,
-    LISTS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    PACKED: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-    LIST_TOKENS: tl.constexpr,
-    LIST_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUB: tl.constexpr,
-    PER: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    KEYS: tl.constexpr,
-    DP: tl.constexpr,
 ):
     """G and HEADS count output heads: pairs, or the heads of ordinary attention. FROM … TO − 1 are the classes whose dq
     is computed; APART, that one class has lists of its own.
     """
-    ROWS: tl.constexpr = TOKENS * HEADS
-    EACH: tl.constexpr = 2 if DIFF else 1
-    i_b, i_h, i_c, i_list, skipped = tile_of(NL, H, LIST_TILES, CHUNKS, TOKENS)
-    own, _, q0, Tq, k0, Sk = sequence_of(i_list, walks.table, walks.cu_q, walks.cu_k, T, S, PACKED)
-    first = own * LIST_TOKENS + skipped
+    D: tl.constexpr = form.D
+    DP: tl.constexpr = form.DP
+    ROWS: tl.constexpr = form.TOKENS * form.HEADS
+    EACH: tl.constexpr = 2 if form.DIFF else 1
+    i_b, i_h, i_c, i_list, skipped = tile_of(NL, H, form.LIST_TILES, form.CHUNKS, form.TOKENS)
+    own, _, q0, Tq, k0, Sk = sequence_of(i_list, walks.table, walks.cu_q, walks.cu_k, T, S, form.PACKED)
+    first = own * form.LIST_TOKENS + skipped
     if first >= Tq:
         return
     pos_first = Sk - Tq + first
-    pos_last = tl.minimum(pos_first + TOKENS, Sk) - 1
+    pos_last = tl.minimum(pos_first + form.TOKENS, Sk) - 1
 
     rows = tl.arange(0, ROWS)
-    local = skipped + rows // HEADS
-    head = i_c * HEADS + rows % HEADS
-    t = own * LIST_TOKENS + local  # [ROWS]
-    live = (local < LIST_TOKENS) & (t < Tq) & (head < G)
+    local = skipped + rows // form.HEADS
+    head = i_c * form.HEADS + rows % form.HEADS
+    t = own * form.LIST_TOKENS + local  # [ROWS]
+    live = (local < form.LIST_TOKENS) & (t < Tq) & (head < form.G)
     pos = Sk - Tq + t
     dims = tl.arange(0, DP)
     inside = live[:, None] & (dims < D)[None, :]
-    head = i_h * G + head
+    head = i_h * form.G + head
     token = q0 + t
 
     q_at = q + (i_b * q_strides.b + token * q_strides.t + head * EACH * q_strides.h)[:, None] + dims[None, :]
     do_at = do + (i_b * do_strides.b + token * do_strides.t + head * do_strides.h)[:, None] + dims[None, :]
-    row_at = (i_b * (H * G * EACH) + head * EACH) * T + token
+    row_at = (i_b * (H * form.G * EACH) + head * EACH) * T + token
     do_tile = tl.load(do_at, mask=inside, other=0.0)  # [ROWS, DP]
     if FROM == 0:
         signal_q = tl.load(q_at, mask=inside, other=0.0)
@@ -143,21 +123,17 @@ def _dq_kernel(
         noise_delta = tl.load(delta + row_at + T, mask=live, other=0.0)
         noise_dq = tl.zeros([ROWS, DP], tl.float32)
 
-    i_list += ((i_b * (2 if APART else 1) + (FROM if APART else 0)) * H + i_h) * NL
-    bit = local // BLOCK_M
-    steps, clear, low, clear_from, n = walk_of(
-        i_list, pos_first, pos_last, walks.lengths, window, LISTS, WINDOWED, SUB, PER, KEYS
-    )
+    i_list += ((i_b * (2 if form.APART else 1) + (FROM if form.APART else 0)) * H + i_h) * NL
+    bit = local // form.BLOCK_M
+    steps, clear, low, clear_from, n = walk_of(i_list, pos_first, pos_last, walks.lengths, window, form)
     for e in range(0, steps):
-        key, start, block_end = keys_of(
-            e, walks.entries, i_list * NE, n, Sk, clear, low, clear_from, LISTS, BLOCK_N, SUB, PER, KEYS
-        )
-        k_tile = load_keys(k, i_b, i_h, k0, key, start, block_end, k_strides, D, DP, PER, DESCRIBED)
-        v_tile = load_keys(v, i_b, i_h, k0, key, start, block_end, v_strides, D, DP, PER, DESCRIBED)
+        key, start, block_end = keys_of(e, walks.entries, i_list * NE, n, Sk, clear, low, clear_from, form)
+        k_tile = load_keys(k, i_b, i_h, k0, key, start, block_end, k_strides, form)
+        v_tile = load_keys(v, i_b, i_h, k0, key, start, block_end, v_strides, form)
         dweights = product(do_tile, tl.trans(v_tile))  # [ROWS, KEYS]
         member = pos >= 0
-        if MEMBERS:
-            member = members_of(e, walks.bits, i_list * NE, n, bit, SUB, PER, BLOCK_N, KEYS)
+        if form.MEMBERS:
+            member = members_of(e, walks.bits, i_list * NE, n, bit, form)
         if FROM == 0:
             dscores = _dscores(
                 signal_q,
@@ -172,9 +148,7 @@ def _dq_kernel(
                 block_end,
                 window,
                 scale,
-                MEMBERS,
-                PER,
-                WINDOWED,
+                form,
             )
             signal_dq = product(dscores, k_tile, signal_dq)
         if TO == 2:
@@ -191,13 +165,11 @@ def _dq_kernel(
                 block_end,
                 window,
                 scale,
-                MEMBERS,
-                PER,
-                WINDOWED,
+                form,
             )
             noise_dq = product(dscores, k_tile, noise_dq)
 
-    dq_at = dq + ((i_b * T + token) * (H * G * EACH) + head * EACH)[:, None] * D + dims[None, :]
+    dq_at = dq + ((i_b * T + token) * (H * form.G * EACH) + head * EACH)[:, None] * D + dims[None, :]
     if FROM == 0:
         tl.store(dq_at, (signal_dq * scale).to(dq.dtype.element_ty), mask=inside)
     if TO == 2:
@@ -226,17 +198,17 @@ def query_gradient(
     arch = arch_of(q.device)
     described = takes_descriptors(domain, arch, k, v)
     tile, packing = query_tile("dq" if described else "dq_pointers", G, domain.block_m, D, q.dtype, arch)
-    keys, sub, per = key_tile(tile.keys, domain.block_n)
     apart = domain.classes == 2
     lists = Lists(domain, packing.tokens, packing.rows, apart)
     walks, NL, NE = lists.built
+    form = Form.of(lists, D, G, packing, tile, differential=classes == 2, described=described)
     # two lists would be walked as one, and two accumulators of wide heads do not fit the registers
     at_once = 1 if apart or D > 128 else classes
     for c in range(0, classes, at_once):
         _dq_kernel[(NL * lists.tiles * packing.chunks * B * H,)](
             q,
-            describe(k, keys) if described else k,
-            describe(v, keys) if described else v,
+            describe(k, form.KEYS) if described else k,
+            describe(v, form.KEYS) if described else v,
             do,
             lam_logit,
             lse,
@@ -255,21 +227,9 @@ def query_gradient(
             NE,
             domain.window or 0,
             scale,
-            G=G,
-            D=D,
-            DIFF=classes == 2,
-            APART=apart,
+            form=form,
             FROM=c,
             TO=c + at_once,
-            DESCRIBED=described,
-            SUB=sub,
-            PER=per,
-            TOKENS=packing.tokens,
-            HEADS=packing.heads,
-            CHUNKS=packing.chunks,
-            KEYS=keys,
-            DP=padded(D),
-            **lists.constants,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -25,6 +25,7 @@ from diffv2_sparse.kernels.hopper import probe
 from diffv2_sparse.kernels.hopper.walk import (
     KEYS,
     NOWHERE,
+    Steps,
     begin_walk,
     bits_of,
     starts_of,
@@ -151,7 +152,7 @@ def test_nothing_is_saved_unasked():
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(Steps):
     LISTS: bool
     MEMBERS: bool
     PACKED: bool

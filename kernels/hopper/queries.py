@@ -13,12 +13,14 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .walk import Steps
+
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a consumer
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(Steps):
     """What the compiler is told of a call; see `Lists.constants` and `Packing`."""
 
     D: int

@@ -16,6 +16,17 @@ KEYS = tl.constexpr(128)  # of a tile
 NOWHERE = tl.constexpr(1 << 30)
 
 
+class Steps:
+    """How `walk_of` takes the walks of a form with BLOCK_N."""
+
+    KEYS = KEYS.value
+    SUB = 1
+
+    @property
+    def PER(self) -> int:
+        return self.KEYS // self.BLOCK_N
+
+
 class Walk(NamedTuple):
     entries: tl.tensor  # of this tile's list, and the bits of who chose them
     bits: tl.tensor
@@ -30,9 +41,7 @@ class Walk(NamedTuple):
 @triton.jit
 def begin_walk(walks, i_list, NE, tokens, pos_first, pos_last, window, form: tl.constexpr):
     """The walk of a tile of `tokens` queries, at pos_first … pos_last; of one tile if there is nothing to see."""
-    tiles, clear, low, clear_from, n = walk_of(
-        i_list, pos_first, pos_last, walks.lengths, window, form.LISTS, form.WINDOWED, 1, KEYS // form.BLOCK_N, KEYS
-    )
+    tiles, clear, low, clear_from, n = walk_of(i_list, pos_first, pos_last, walks.lengths, window, form)
     tiles = tl.where(tokens > 0, tl.maximum(tiles, 1), 1)
     return Walk(
         walks.entries + i_list * NE if form.LISTS else 0,
