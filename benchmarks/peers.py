@@ -206,6 +206,8 @@ class XFormersDecode:
         self._fmha, self._pages = fmha, pages
         B, H, NP = pages.page_table.shape
         page, device = pages.block_n, pages.page_table.device
+        if page % 64:  # its kernel reads beyond smaller pages
+            raise ValueError(f"xFormers takes pages of a multiple of 64 keys, not of {page}")
         self._bias = PagedBlockDiagonalPaddedKeysMask.from_seqlens(
             q_seqlen=[1] * (B * H),
             kv_seqlen=[min(blocks, NP) * page] * (B * H),

@@ -150,7 +150,8 @@ def captured(steps: Callable[[], object]) -> Run:
     with torch.cuda.graph(graph):
         result = steps()
 
-    def replay():
+    def replay(read_by_the_graph=steps):
+        """Keeps alive what `steps` refers to: the graph reads it at the same addresses again."""
         graph.replay()
         return result
 

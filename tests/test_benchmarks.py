@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and that they run from end to end: tiny shapes, on a CPU."""
 
+import contextlib
 import itertools
 import json
 import sys
@@ -472,6 +473,30 @@ def test_a_group_runs_on_a_gpu(benchmark, group, tmp_path):
     ours = [record for record in content["records"] if record["kind"] == records.OURS]
     assert not [record["error"] for record in ours if "error" in record]
     assert all("peak_gib" in record for record in ours)
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    """Its tensors may be known to the captured function alone."""
+
+    class Stream:
+        wait_stream = replay = lambda self, *_: None
+
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Stream)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+
+    def steps_over(x):
+        return lambda: x.sum()
+
+    x = torch.ones(3)
+    held = weakref.ref(x)
+    replay = timing.captured(steps_over(x))
+    del x
+    assert replay() == 3
+    assert held() is not None
+    del replay
+    assert held() is None
 
 
 def test_dense_decoding_reads_the_pages_as_they_lie():
