@@ -9,6 +9,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,7 @@ from timing import Candidate, Run, compare, reason
 
 CUBLAS = "cuBLAS"
 PRODUCTS = 16  # in one call: a card at its power limit slows down within milliseconds, so it lasts as long as attention
+SKIPPED = "skipped: the time limit was reached"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Case:
         tflop: of one step, selected tiles only.
         facts: more for the record.
         alone: whether it computes something else than the others of its case and phase.
+        calls, warmed: as in Candidate, for calls that take seconds.
         compiles: what must be there to compile its kernels ahead: "any length" will do, "this length" alone will, or
             None, nothing to compile.
     """
@@ -48,6 +51,8 @@ class Case:
     steps: int = 1
     facts: dict = field(default_factory=dict)
     alone: bool = False
+    calls: int | None = None
+    warmed: bool = True
     compiles: Literal["any length", "this length"] | None = "any length"
 
     @property
@@ -65,7 +70,7 @@ class Case:
 
     def candidate(self) -> Candidate:
         compared = self.phase != "select" and not self.alone
-        return Candidate(self.build, (self.case, self.phase) if compared else None, self.steps)
+        return Candidate(self.build, (self.case, self.phase) if compared else None, self.steps, self.calls, self.warmed)
 
     def record(self, benchmark: str, group: str, outcome: dict) -> dict:
         names = {"benchmark": benchmark, "group": group, "case": self.case, "phase": self.phase}
@@ -99,6 +104,7 @@ class Benchmark:
         groups: by name, each with the seconds that one of its heats may take.
         finish: makes more records of a group out of those measured.
         bars: of all records, the rows of `bars.evaluate`.
+        tables: of all records, more to print and to keep in the file: rows by title.
     """
 
     name: str
@@ -107,16 +113,29 @@ class Benchmark:
     smoke: Sizes
     bars: Callable[[list[dict]], list[dict]]
     finish: Callable[[str, list[dict]], list[dict]] = lambda group, records: []
+    tables: Callable[[list[dict]], dict[str, list[dict]]] = lambda records: {}
 
 
-def measure(benchmark: Benchmark, name: str, sizes: Sizes, report: Callable[[str, str | None], None]) -> list[dict]:
-    """The records of one group, ratios included. Its first heat times a large matrix product along."""
+def measure(
+    benchmark: Benchmark,
+    name: str,
+    sizes: Sizes,
+    report: Callable[[str, str | None], None],
+    deadline: float = float("inf"),
+) -> list[dict]:
+    """The records of one group, ratios included. Its first heat times a large matrix product along.
+
+    Heats that would begin after `deadline`, by `time.monotonic`, are skipped; their records say so.
+    """
     group, budget_s = benchmark.groups[name]
     records, heats, along = [], group(sizes), [matrix_product(sizes)]
     while cases := next(heats, None):  # an `enumerate` would hold a heat's tensors while the next are made
         timed = {case.title: case for case in cases + along}
         candidates = {title: case.candidate() for title, case in timed.items()}
-        outcomes = compare(candidates, budget_s=budget_s, device=sizes.device, rounds=sizes.rounds, report=report)
+        if time.monotonic() > deadline:
+            outcomes = {title: {"error": SKIPPED} for title in timed}
+        else:
+            outcomes = compare(candidates, budget_s=budget_s, device=sizes.device, rounds=sizes.rounds, report=report)
         heat_records = [case.record(benchmark.name, name, outcomes[title]) for title, case in timed.items()]
         add_ratios(heat_records)
         records += heat_records

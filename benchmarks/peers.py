@@ -106,12 +106,12 @@ def dense(x: Inputs) -> Call:
     """torch's SDPA: on a GPU cuDNN's kernels, else as it comes."""
 
     def attend() -> Tensor:
-        return _sdpa(*(tensor.transpose(1, 2) for tensor in (x.q, x.k, x.v)), causal=True).transpose(1, 2)
+        return sdpa(*(tensor.transpose(1, 2) for tensor in (x.q, x.k, x.v)), causal=True).transpose(1, 2)
 
     return lambda: subtract(attend(), x.lam_logit)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """Over `[B, heads, tokens, D]`."""
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
@@ -189,7 +189,7 @@ def dense_decode(q: Tensor, lam_logit: Tensor, pages: PagedKV) -> Call:
     B, H, NP = pages.page_table.shape
     k, v = (x.view(B, H, NP * pages.block_n, x.shape[-1]) for x in (pages.k_pages, pages.v_pages))
     rows = q.transpose(1, 2)
-    return lambda: subtract(_sdpa(rows, k, v, causal=False).transpose(1, 2), lam_logit)
+    return lambda: subtract(sdpa(rows, k, v, causal=False).transpose(1, 2), lam_logit)
 
 
 class XFormersDecode:

@@ -3,7 +3,8 @@
 {"environment": {gpu, cpu, threads, versions, commit, date, cublas_tflops, groups: {name: {date, seconds, …}}},
  "records": [{benchmark, group, case, phase, kind, backend, shape: {…}, median_ms, p20_ms, p80_ms, rounds, tflops,
               ratios: {peer: x}, peak_gib}],     a kind that failed: {…, error} instead of times
- "bars": [{row, backend, value, bar, reach, met}]}
+ "bars": [{row, backend, value, bar, reach, met}],
+ "tables": {title: [row, …]}}                       where a benchmark has more to say
 
 `case` names the lists ("large blocks"), `phase` what was run ("fwd", "fwd+bwd", "select", "select+fwd", …), `kind` who:
 "ours", by `backend`, or a peer. Ratios are peer's time over own time. TFLOP/s count selected tiles.
@@ -74,8 +75,13 @@ class Results:
     starts anew.
     """
 
-    def __init__(self, path: Path, bars: Callable[[list[dict]], list[dict]]):
-        self.path, self.environment, self.records, self._bars = path, stamp(), [], bars
+    def __init__(
+        self,
+        path: Path,
+        bars: Callable[[list[dict]], list[dict]],
+        tables: Callable[[list[dict]], dict[str, list[dict]]] = lambda records: {},
+    ):
+        self.path, self.environment, self.records, self._bars, self._tables = path, stamp(), [], bars, tables
         self.environment["groups"] = {}
         self.replaces = False  # another run's file stands there, which the first group overwrites
         with suppress(FileNotFoundError):
@@ -89,7 +95,8 @@ class Results:
                 self.replaces = True
 
     def has(self, group: str) -> bool:
-        return group in self.environment["groups"]
+        """Whether it was measured, and nothing of it skipped."""
+        return not self.environment["groups"].get(group, {"skipped": True}).get("skipped", 0)
 
     def of(self, group: str) -> list[dict]:
         return [record for record in self.records if record["group"] == group]
@@ -97,6 +104,10 @@ class Results:
     @property
     def bars(self) -> list[dict]:
         return self._bars(self.records)
+
+    @property
+    def tables(self) -> dict[str, list[dict]]:
+        return self._tables(self.records)
 
     def add(self, group: str, records: list[dict], **facts) -> None:
         """Writes a group's records in place of its earlier ones; `facts` go into the environment."""
@@ -107,5 +118,8 @@ class Results:
             self.environment["cublas_tflops"] = statistics.median(rates)
         self.records = [record for record in self.records if record["group"] != group] + records
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"environment": self.environment, "records": self.records, "bars": self.bars})
+        content = {"environment": self.environment, "records": self.records, "bars": self.bars}
+        if tables := self.tables:
+            content["tables"] = tables
+        write_json(self.path, content)
         self.replaces = False

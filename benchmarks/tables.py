@@ -20,32 +20,29 @@ from diffv2_sparse.niah_cells import write_atomically
 
 
 class Table(NamedTuple):
-    """Columns are texts, but for the first `texts` of them numbers; `strong` are the rows to look at first."""
+    """Columns hold numbers, but for the `texts`; `strong` are the rows to look at first."""
 
     title: str
     columns: tuple[str, ...]
-    texts: int
+    texts: set[int]
     rows: list[tuple[str, ...]]
-    strong: set[int]
+    strong: set[int] = frozenset()
 
     def drawn(self) -> Drawn:
         """For a terminal."""
         view = Drawn(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
         for i, column in enumerate(self.columns):
-            view.add_column(column, justify="left" if self._is_text(i) else "right")
+            view.add_column(column, justify="left" if i in self.texts else "right")
         for i, row in enumerate(self.rows):
             view.add_row(*(Text(cell) for cell in row), style="bold" if i in self.strong else None)
         return view
 
     def markdown(self) -> str:
-        lines = [self.columns, ["---" if self._is_text(i) else "--:" for i in range(len(self.columns))]]
+        lines = [self.columns, ["---" if i in self.texts else "--:" for i in range(len(self.columns))]]
         for i, row in enumerate(self.rows):
             cells = [cell.replace("|", "\\|") for cell in row]
             lines.append([f"**{cells[0]}**", *cells[1:]] if i in self.strong else cells)
         return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
-
-    def _is_text(self, i: int) -> bool:
-        return i < self.texts or i == len(self.columns) - 1  # the last one is a remark
 
 
 def table_of(group: str, records: list[dict], seconds: float) -> Table:
@@ -64,7 +61,7 @@ def _listed(title: str, records: list[dict]) -> Table:
         times = [number(r.get(key)) for key in ("median_ms", "p20_ms", "p80_ms", "tflops", "peak_gib")]
         ratios = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in r.get("ratios", {}).items())
         rows.append((*who, *times, ratios))
-    return Table(title, columns, 4, rows, {i for i, r in enumerate(records) if r["kind"] == OURS})
+    return Table(title, columns, {0, 1, 2, 3, 9}, rows, {i for i, r in enumerate(records) if r["kind"] == OURS})
 
 
 def _swept(records: list[dict]) -> Table:
@@ -77,9 +74,9 @@ def _swept(records: list[dict]) -> Table:
         line = (str(shape["D"]), f"{shape['HQ']}/{shape['H']}", r["case"], r["backend"] or r["kind"])
         text = "failed" if "error" in r else f"{number(r['median_ms'])} ({r['tflops']:.0f})"
         lines.setdefault(line, {})[shape["T"]] = text
-    columns = ("D", "HQ/H", "case", "kind", *map(tokens_name, lengths), "")
-    rows = [(*line, *(cells.get(tokens, "–") for tokens in lengths), "") for line, cells in lines.items()]
-    return Table("sweep: ms (TFLOP/s)", columns, 4, rows, set())
+    columns = ("D", "HQ/H", "case", "kind", *map(tokens_name, lengths))
+    rows = [(*line, *(cells.get(tokens, "–") for tokens in lengths)) for line, cells in lines.items()]
+    return Table("sweep: ms (TFLOP/s)", columns, {0, 1, 2, 3}, rows)
 
 
 def table_of_bars(bars: list[dict], title: str) -> Table:
@@ -92,7 +89,15 @@ def table_of_bars(bars: list[dict], title: str) -> Table:
         said = {None: bar.get("why", ""), True: "met", False: "missed"}[bar["met"]]
         rows.append((bar["row"], bar["backend"], value, *limits, said))
     missed = {i for i, bar in enumerate(bars) if bar["met"] is False}
-    return Table(title, ("row", "backend", "value", "bar", "reach for", ""), 2, rows, missed)
+    return Table(title, ("row", "backend", "value", "bar", "reach for", ""), {0, 1, 5}, rows, missed)
+
+
+def table_of_rows(title: str, rows: list[dict]) -> Table:
+    """One column per key of the rows."""
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+    cells = [[row.get(column) for column in columns] for row in rows]
+    words = [tuple(number(cell) if isinstance(cell, int | float) else str(cell or "") for cell in row) for row in cells]
+    return Table(title, columns, {0}, words)
 
 
 def number(x: float | None) -> str:
@@ -113,6 +118,7 @@ def write_page(results: Path) -> Path:
     if results.with_suffix(".png").exists():
         parts.append(f"![time against length]({results.with_suffix('.png').name})\n")
     parts.append(table_of_bars(content["bars"], "Numbers to reach").markdown())
+    parts += [table_of_rows(title, rows).markdown() for title, rows in content.get("tables", {}).items()]
     for group, known in environment["groups"].items():
         own = [record for record in records if record["group"] == group]
         parts.append(table_of(group, own, known["seconds"]).markdown())

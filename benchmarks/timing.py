@@ -15,6 +15,7 @@ import torch
 
 AGREEMENT = 0.05  # most relative difference between 16-bit kernels that compute the same; another mask gives about 1
 ROUNDS = (3, 20)  # least and most
+HEAD_START = 5 * 10**8  # cycles, about a third of a second, that the host has to prepare a call nobody has warmed
 
 Run = Callable[[], object]
 
@@ -32,11 +33,17 @@ class Candidate:
         same_as: candidates with an equal value compute the same tensor, and are compared with the first of them that
             runs; None for no comparison.
         steps: how many equal steps one call makes; times are given for one.
+        calls: for calls that take seconds, by which a card's clock settles by itself: they are timed so many times,
+            each as it comes. None times as many as there is time for, each after one that is not timed.
+        warmed: whether a call comes before those `calls`; without, the device starts late, so that the host can prepare
+            a shape that it has not seen.
     """
 
     build: Callable[[], Run]
     same_as: Hashable | None = None
     steps: int = 1
+    calls: int | None = None
+    warmed: bool = True
 
 
 def host_seconds(run: Run) -> float:
@@ -50,7 +57,13 @@ def device_seconds(run: Run) -> float:
     its power, from what ran before to a state of its own.
     """
     run()
+    return _between_events(run)
+
+
+def _between_events(run: Run, wait_cycles: int = 0) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if wait_cycles:
+        torch.cuda._sleep(wait_cycles)
     start.record()
     run()
     end.record()
@@ -108,6 +121,9 @@ def compare(
         report("preparing", name)
         try:
             run = candidate.build()
+            if candidate.calls is not None:
+                outcomes[name] = _timed_calls(run, candidate, on_gpu)
+                continue
             _check_same(run(), candidate, expected)
             before = torch.cuda.memory_allocated() if on_gpu else 0
             if on_gpu:
@@ -130,6 +146,21 @@ def compare(
         steps = candidates[name].steps
         outcomes[name] = quantiles_ms([one / steps for one in taken]) | {"rounds": count} | outcomes[name]
     return outcomes
+
+
+def _timed_calls(run: Run, candidate: Candidate, on_gpu: bool) -> dict:
+    """The outcome of a candidate whose `calls` are given."""
+    if candidate.warmed:
+        run()
+    if not on_gpu:
+        taken = [host_seconds(run) for _ in range(candidate.calls)]
+        return quantiles_ms(taken) | {"rounds": candidate.calls}
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    taken = [_between_events(run, 0 if candidate.warmed else HEAD_START) for _ in range(candidate.calls)]
+    peak_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return quantiles_ms(taken) | {"rounds": candidate.calls, "peak_gib": round(peak_gib, 3)}
 
 
 def reason(error: BaseException) -> str:
