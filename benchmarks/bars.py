@@ -4,6 +4,8 @@ A value is one of three: how many times as fast (other's time over own), a *rate
 or a *share* (a time over the time of what it serves). Rows without a bar are there to be seen.
 """
 
+import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -15,6 +17,8 @@ FA4, FA4_DENSE = ("FA4 block-sparse + subtraction",), ("FA4 dense + subtraction"
 XFORMERS = ("xFormers + subtraction",)
 CUBLAS = ("cuBLAS",)
 LARGE, TOKEN = "large blocks", "one token a row, model-like lists"
+FITTED_TOKENS = 1 << 15  # exponents of growth are of these lengths and longer
+TRANSFORMER, YOCO = "Transformer", "YOCO + DIFF V2"
 
 Value = Callable[["Found", str], float]
 
@@ -240,4 +244,112 @@ DECODE = (
     Bar("same: × choosing with ours, attending with xFormers", faster("decode", _LONGEST, "step", XFORMERS)),
     Bar("attention alone, 1M keys, batch 1: × xFormers", faster("decode", _LONGEST, "attend", XFORMERS)),
     Bar("decode step, batch 1: 1M keys over 32K", growth, at_most=True),
+)
+
+
+# Whole models
+
+
+def exponent(records: list[dict], group: str, *, doubling: bool = False) -> float:
+    """The slope of log time over log length of a kind's prefill, by least squares, at FITTED_TOKENS and longer; all
+    lengths where none is so long. `doubling`: by how much the time grows when the length doubles. NaN below two
+    lengths.
+    """
+    measured = [r for r in records if (r["group"], r["phase"]) == (group, "prefill") and "median_ms" in r]
+    points = [(math.log(r["shape"]["T"]), math.log(r["median_ms"])) for r in measured]
+    long = [point for point in points if point[0] >= math.log(FITTED_TOKENS) - 1e-9]
+    points = long or points
+    if len(points) < 2:
+        return math.nan
+    slope = statistics.linear_regression(*zip(*points)).slope
+    return round(2**slope if doubling else slope, 4)
+
+
+def grows(group: str) -> Value:
+    """Its exponent."""
+
+    def value(found: Found, backend: str) -> float:
+        slope = exponent(found.records, group)
+        if not any(r["case"] == "1M tokens" and "median_ms" in r for r in found.records if r["group"] == group):
+            raise LookupError(f"not measured: {group}, 32K … 1M")
+        return slope
+
+    return value
+
+
+def sooner(tokens: str, group: str, kind: str) -> Value:
+    """The time to the first token of a kind over YOCO's."""
+    case = f"{tokens} tokens"
+    return lambda found, backend: (
+        found(group, case, "prefill", [kind])["median_ms"]
+        / found("yoco", case, "prefill", backend=backend)["median_ms"]
+    )
+
+
+def smaller(found: Found, backend: str) -> float:
+    """All memory of the Transformer at 1M tokens over YOCO's."""
+    theirs = found("transformer", "1M tokens", "prefill", [TRANSFORMER])
+    ours = found("yoco", "1M tokens", "prefill", backend=backend)
+    if not ("total_gib" in theirs and "total_gib" in ours):
+        raise LookupError("not measured: memory, on a GPU alone")
+    return theirs["total_gib"] / ours["total_gib"]
+
+
+PREFILL = (
+    Bar("prefill, YOCO + DIFF V2: growth exponent, 32K → 1M", grows("yoco"), 1.05, at_most=True),
+    Bar("prefill, 32K: × Transformer", sooner("32K", "transformer", TRANSFORMER), 2.6, 2.87),
+    Bar("prefill, 512K: × Transformer, extrapolated", sooner("512K", "transformer", TRANSFORMER), 22, 30),
+    Bar("prefill, 1M: × Transformer, extrapolated", sooner("1M", "transformer", TRANSFORMER), 42, 71.8),
+    Bar("prefill, 32K: × DIFF V2, dense", sooner("32K", "diff", "DIFF V2"), 4),
+    Bar("prefill, 512K: × DIFF V2, dense, extrapolated", sooner("512K", "diff", "DIFF V2"), 42),
+    Bar("prefill, 1M: × DIFF V2, dense, extrapolated", sooner("1M", "diff", "DIFF V2"), 85),
+    Bar("prefill, 1M: × DIFF V2, block-sparse", sooner("1M", "diff_sparse", "DIFF V2, block-sparse")),
+    Bar("memory at 1M: Transformer's over YOCO's", smaller, 9.4, 11),
+    Bar("prompt scoring: growth exponent, 32K → 1M", grows("scoring"), at_most=True),
+    Bar("prefill, DIFF V2, block-sparse: growth exponent, 32K → 1M", grows("diff_sparse"), at_most=True),
+    Bar("prefill, Transformer: growth exponent, 32K → 1M", grows("transformer"), at_most=True),
+    Bar("prefill, DIFF V2, dense: growth exponent, 32K → 1M", grows("diff"), at_most=True),
+)
+
+
+GENERATED_TOKENS = 1024  # of a request, after its prompt
+
+
+def step_over(case: str) -> Value:
+    """A Transformer's step over ours, sparse, both in a graph, per sequence."""
+
+    def value(found: Found, backend: str) -> float:
+        group = case.rpartition(", ")[2]
+        theirs = found(group, case, "dense, graph", [TRANSFORMER])
+        ours = found(group, case, "sparse, graph", backend=backend)
+        rates = [record["shape"]["B"] / record["median_ms"] for record in (ours, theirs)]
+        return rates[0] / rates[1]
+
+    return value
+
+
+def step_growth(found: Found, backend: str) -> float:
+    long, short = (
+        found("batch 1", f"{tokens} tokens, batch 1", "sparse, graph", backend=backend) for tokens in ("1M", "32K")
+    )
+    return long["median_ms"] / short["median_ms"]
+
+
+def request(found: Found, backend: str) -> float:
+    """A prompt of 512K tokens and GENERATED_TOKENS more: the Transformer's time over ours."""
+    case = "512K tokens"
+    steps = (
+        found("batch 1", f"{case}, batch 1", "dense, graph", [TRANSFORMER]),
+        found("batch 1", f"{case}, batch 1", "sparse, graph", backend=backend),
+    )
+    prompts = (found("prompt", case, "prefill", [kind]) for kind in (TRANSFORMER, YOCO))
+    theirs, ours = (read["median_ms"] + GENERATED_TOKENS * step["median_ms"] for read, step in zip(prompts, steps))
+    return theirs / ours
+
+
+GENERATION = (
+    Bar("a step, batch 1: 1M tokens over 32K", step_growth, 1.3, at_most=True),
+    Bar("512K tokens, batch 1: × Transformer", step_over("512K tokens, batch 1"), 6.5),
+    Bar("512K tokens, equal memory, tokens/s: × Transformer", step_over("512K tokens, equal memory"), 50),
+    Bar(f"512K tokens, prompt and {GENERATED_TOKENS} tokens, batch 1: × Transformer, extrapolated", request, 9.6),
 )

@@ -385,6 +385,8 @@ def generate(
 class Benchmark(str, Enum):
     attention = "attention"
     decode = "decode"
+    prefill = "prefill"
+    generation = "generation"
 
 
 @app.command(
@@ -395,6 +397,12 @@ diffv2-sparse bench
 
 diffv2-sparse bench attention --only forward --only training
   some groups of it, again
+
+diffv2-sparse bench prefill --time-limit 200
+  whole models of 3B: time to the first token and memory, 8K to 1M tokens
+
+diffv2-sparse bench generation
+  whole models of 3B: one more token, with and without a CUDA graph
 
 diffv2-sparse bench decode --smoke
   tiny shapes, without a GPU
@@ -411,10 +419,14 @@ def bench(
         Path | None,
         typer.Option(help="Folder for the results.", show_default="benchmarks/results; runs/bench for --smoke"),
     ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Begin nothing after so many seconds; what is left is recorded as skipped.")
+    ] = None,
 ) -> None:
-    """Time the kernels on this machine's GPU against what a user would run instead.
+    """Time kernels (attention, decode) and whole models (prefill, generation) on this machine's GPU against what a user
+    would run instead.
 
-    Runs benchmarks/attention.py or benchmarks/decode.py of the source checkout that this package belongs to.
+    Runs the script of that name in benchmarks/ of the source checkout that this package belongs to.
 
     An interrupted run continues with the groups it lacks: give the same command again.
     """
@@ -427,6 +439,7 @@ def bench(
             )
         options = [f"--only={group}" for group in only or []] + ["--smoke"] * smoke
         options += [] if output is None else [f"--output={output}"]
+        options += [] if time_limit is None else [f"--time-limit={time_limit}"]
         path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
         try:
             done = subprocess.run([sys.executable, str(script), *options], env=os.environ | {"PYTHONPATH": path})
