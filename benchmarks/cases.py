@@ -36,7 +36,7 @@ class Case:
         tflop: of one step, selected tiles only.
         facts: more for the record.
         alone: whether it computes something else than the others of its case and phase.
-        calls, warmed: as in Candidate, for calls that take seconds.
+        calls, warmed, head_start: as in Candidate, for calls that take seconds.
         compiles: what must be there to compile its kernels ahead: "any length" will do, "this length" alone will, or
             None, nothing to compile.
     """
@@ -53,6 +53,7 @@ class Case:
     alone: bool = False
     calls: int | None = None
     warmed: bool = True
+    head_start: bool = False
     compiles: Literal["any length", "this length"] | None = "any length"
 
     @property
@@ -70,7 +71,8 @@ class Case:
 
     def candidate(self) -> Candidate:
         compared = self.phase != "select" and not self.alone
-        return Candidate(self.build, (self.case, self.phase) if compared else None, self.steps, self.calls, self.warmed)
+        same_as = (self.case, self.phase) if compared else None
+        return Candidate(self.build, same_as, self.steps, self.calls, self.warmed, self.head_start)
 
     def record(self, benchmark: str, group: str, outcome: dict) -> dict:
         names = {"benchmark": benchmark, "group": group, "case": self.case, "phase": self.phase}

@@ -29,7 +29,7 @@ import prefill
 import torch
 from bars import GENERATION, TRANSFORMER, YOCO, evaluate
 from cases import Benchmark, Case
-from models import Attention, Lists, Shape, fill, random_decoder, random_yoco, weight_bytes
+from models import Attention, Shape, Sparsity, fill, random_decoder, random_yoco, weight_bytes
 from records import OURS, tokens_name
 from timing import Run, captured
 from torch import Tensor
@@ -53,7 +53,7 @@ class Sizes:
     rounds: tuple[int, int]
     matrix: int
     shape: Shape
-    lists: Lists
+    sparsity: Sparsity
     backends: tuple[str, ...]  # of paged attention; the first also attends densely
     lengths: dict[int, tuple[int, ...]]  # by batch size
     requested: int  # tokens of the prompt of a request, and of the caches in equal memory
@@ -71,26 +71,40 @@ FULL = Sizes(
     rounds=(3, 10),
     matrix=8192,
     shape=Shape(),
-    lists=Lists(1, 64, 64),
+    sparsity=Sparsity(1, 64, 64),
     backends=("auto", "xformers"),
     lengths={1: tuple(1 << n for n in range(13, 21)), 8: _SOME, 32: _SOME},
     requested=1 << 19,
     memory_gib=130,
     prompts=prefill.FULL,
 )
-SMOKE = Sizes(
-    device="cuda" if ON_GPU else "cpu",
-    dtype=torch.bfloat16 if ON_GPU else torch.float32,
+CPU_SMOKE = Sizes(
+    device="cpu",
+    dtype=torch.float32,
     rounds=(1, 1),
     matrix=64,
-    shape=prefill.SMOKE.shape,
-    lists=Lists(1, 16, 5),
-    backends=("auto", "xformers") if ON_GPU else ("auto",),
+    shape=prefill.CPU_SMOKE.shape,
+    sparsity=prefill.CPU_SMOKE.token,
+    backends=("auto",),
     lengths={1: (64, 128), 2: (64,)},
     requested=256,
     memory_gib=RESERVE_GIB + 2e-3,
-    prompts=prefill.SMOKE,
+    prompts=prefill.CPU_SMOKE,
 )
+GPU_SMOKE = Sizes(
+    device="cuda",
+    dtype=torch.bfloat16,
+    rounds=(1, 1),
+    matrix=64,
+    shape=prefill.GPU_SMOKE.shape,
+    sparsity=prefill.GPU_SMOKE.token,
+    backends=("auto", "xformers"),
+    lengths={1: (512, 1024), 2: (512,)},
+    requested=2048,
+    memory_gib=RESERVE_GIB + 0.03,
+    prompts=prefill.GPU_SMOKE,
+)
+SMOKE = GPU_SMOKE if ON_GPU else CPU_SMOKE
 
 
 # One step
@@ -176,7 +190,7 @@ class Models:
 
     @functools.cached_property
     def yoco(self) -> DiffV2YocoForCausalLM:
-        return random_yoco(self.sizes.shape, self.sizes.lists, self.sizes.device, self.sizes.dtype)
+        return random_yoco(self.sizes.shape, self.sizes.sparsity, self.sizes.device, self.sizes.dtype)
 
     @functools.cached_property
     def transformer(self):
@@ -188,7 +202,7 @@ class Models:
         return {YOCO: weight_bytes(there.yoco) / 2**30, TRANSFORMER: weight_bytes(there.transformer) / 2**30}
 
     def cache_gib(self, kind: str, B: int, S: int) -> float:
-        sizes = replace(self.sizes.prompts, shape=self.sizes.shape, dtype=self.sizes.dtype, token=self.sizes.lists)
+        sizes = replace(self.sizes.prompts, shape=self.sizes.shape, dtype=self.sizes.dtype, token=self.sizes.sparsity)
         group = {YOCO: "yoco", TRANSFORMER: "transformer"}[kind]
         return B * prefill.Kind(sizes, group).cache_bytes(S + ROOM * (kind == YOCO)) / 2**30
 
@@ -253,7 +267,7 @@ class Problem:
 
     def _case(self, phase: str, kind: str, backend: str | None, build: Callable[[], Run]) -> Case:
         shape = {"B": self.B, "T": 1, "S": self.S, **self.sizes.shape.record(self.sizes.dtype)}
-        shape |= self.sizes.lists.record() if phase.startswith("sparse") else {}
+        shape |= self.sizes.sparsity.record() if phase.startswith("sparse") else {}
         weights = self.models.weights_gib
         each = {own: weights[own] + self.models.cache_gib(own, self.B, self.S) for own in self.kinds}
         own = YOCO if kind == OURS else kind
@@ -276,7 +290,7 @@ class Problem:
         model = self.models.yoco
         if makes_graphs(model) and backend != "xformers":
             return self._as_called(attention, backend, use_graphs=True)
-        options = self.sizes.lists.options() if attention == "sparse" else None
+        options = self.sizes.sparsity.options() if attention == "sparse" else None
         return self._captured(StaticStep(model, self.cache, self.rings, self.ids, options, backend))
 
     def _eager(self, attention: str, backend: str) -> Run:
@@ -284,7 +298,7 @@ class Problem:
 
     def _as_called(self, attention: str, backend: str, use_graphs: bool) -> Run:
         model, cache, ids = self.models.yoco, self.cache, self.ids
-        mode = "dense" if attention == "dense" else self.sizes.lists.config()["sparse_mode"]
+        mode = "dense" if attention == "dense" else self.sizes.sparsity.config()["sparse_mode"]
         paged = model.config
         if backend == "xformers":  # for the cross-decoder alone: windows are not paged
             paged = copy.copy(model.config)

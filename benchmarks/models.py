@@ -57,7 +57,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Lists:
+class Sparsity:
     """How a block-sparse model chooses: tokens per row, tokens per key block, blocks per list, which of a row's queries
     score.
     """
@@ -145,9 +145,9 @@ class Attention(nn.Module):
 
     heads_per_output = 1
 
-    def __init__(self, shape: Shape, lists: Lists | None = None):
+    def __init__(self, shape: Shape, sparsity: Sparsity | None = None):
         super().__init__()
-        self.head_dim, self.lists = shape.head_dim, lists
+        self.head_dim, self.sparsity = shape.head_dim, sparsity
         size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden, self.heads_per_output * size, bias=False)
         self.k_proj = nn.Linear(shape.hidden, kv_size, bias=False)
@@ -174,8 +174,8 @@ class DiffAttention(Attention):
 
     heads_per_output = 2
 
-    def __init__(self, shape: Shape, lists: Lists | None = None):
-        super().__init__(shape, lists)
+    def __init__(self, shape: Shape, sparsity: Sparsity | None = None):
+        super().__init__(shape, sparsity)
         self.lambda_proj = nn.Linear(shape.hidden, shape.heads, bias=False)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class SparseDiffAttention(DiffAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lam_logit: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        selection = select_blocks(q, k, **self.lists.options())
+        selection = select_blocks(q, k, **self.sparsity.options())
         return diff_attention(q, k, v, lam_logit, selection).transpose(1, 2)
 
     def combine(self, o: Tensor, lam_logit: Tensor) -> Tensor:
@@ -237,11 +237,11 @@ Cache = list[tuple[Tensor, Tensor]]  # of every layer, k and v [B, H, capacity, 
 class Decoder(nn.Module):
     """A language model of any of the first three kinds."""
 
-    def __init__(self, shape: Shape, attention: type[Attention] = Attention, lists: Lists | None = None):
+    def __init__(self, shape: Shape, attention: type[Attention] = Attention, sparsity: Sparsity | None = None):
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
-        self.layers = nn.ModuleList(Layer(shape, attention(shape, lists)) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Layer(shape, attention(shape, sparsity)) for _ in range(shape.layers))
         self.norm = nn.Parameter(torch.ones(shape.hidden))
         self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
 
@@ -280,14 +280,14 @@ class Decoder(nn.Module):
 
 
 def random_decoder(
-    shape: Shape, attention: type[Attention], lists: Lists | None, device: str, dtype: torch.dtype
+    shape: Shape, attention: type[Attention], sparsity: Sparsity | None, device: str, dtype: torch.dtype
 ) -> Decoder:
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = Decoder(shape, attention, lists)
+            model = Decoder(shape, attention, sparsity)
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
@@ -297,7 +297,7 @@ def random_decoder(
     return model.eval()
 
 
-def random_yoco(shape: Shape, lists: Lists, device: str, dtype: torch.dtype) -> DiffV2YocoForCausalLM:
+def random_yoco(shape: Shape, sparsity: Sparsity, device: str, dtype: torch.dtype) -> DiffV2YocoForCausalLM:
     config = DiffV2YocoConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -311,7 +311,7 @@ def random_yoco(shape: Shape, lists: Lists, device: str, dtype: torch.dtype) -> 
         rms_norm_eps=shape.eps,
         bos_token_id=None,
         eos_token_id=None,
-        **lists.config(),
+        **sparsity.config(),
     )
     torch.manual_seed(0)
     with torch.device(device):

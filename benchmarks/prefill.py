@@ -34,9 +34,9 @@ from models import (
     Attention,
     Decoder,
     DiffAttention,
-    Lists,
     Shape,
     SparseDiffAttention,
+    Sparsity,
     cross_decode,
     fill,
     random_decoder,
@@ -72,12 +72,12 @@ class Sizes:
     lengths: tuple[int, ...]
     repeated: int  # lengths up to this are timed REPEATS times
     whole: int  # dense kinds read up to this many tokens with all layers
-    warmed: int  # one layer is run beforehand up to this length
+    warmed: int  # one layer is run beforehand up to this length; longer ones get a head start
     measured: tuple[int, int]  # prompt and chunk with which the memory of dense kinds is measured
     chunk: int  # of the sparse kind, a multiple of its rows
     yoco_chunk: int  # of ours
-    rows: Lists  # of the sparse kind, and of ours where all logits are asked for
-    token: Lists  # of ours
+    rows: Sparsity  # of the sparse kind, and of ours where all logits are asked for
+    token: Sparsity  # of ours
 
     def rehearsal(self) -> Sizes:
         return self
@@ -98,12 +98,12 @@ FULL = Sizes(
     measured=(1 << 14, 1 << 13),
     chunk=1 << 15,
     yoco_chunk=1 << 13,
-    rows=Lists(128, 128, 32),
-    token=Lists(1, 64, 64),
+    rows=Sparsity(128, 128, 32),
+    token=Sparsity(1, 64, 64),
 )
-SMOKE = Sizes(
-    device="cuda" if ON_GPU else "cpu",
-    dtype=torch.bfloat16 if ON_GPU else torch.float32,
+CPU_SMOKE = Sizes(
+    device="cpu",
+    dtype=torch.float32,
     rounds=(1, 1),
     matrix=64,
     shape=Shape(hidden=32, layers=4, heads=4, kv_heads=2, head_dim=16, intermediate=48, vocab=64, window=16),
@@ -114,9 +114,26 @@ SMOKE = Sizes(
     measured=(64, 32),
     chunk=64,
     yoco_chunk=32,
-    rows=Lists(16, 16, 5),
-    token=Lists(1, 16, 5),
+    rows=Sparsity(16, 16, 5),
+    token=Sparsity(1, 16, 5),
 )
+GPU_SMOKE = Sizes(  # as small as all peers take it
+    device="cuda",
+    dtype=torch.bfloat16,
+    rounds=(1, 1),
+    matrix=64,
+    shape=Shape(hidden=128, layers=4, heads=4, kv_heads=2, head_dim=64, intermediate=256, vocab=512, window=128),
+    lengths=(512, 1024, 2048),
+    repeated=512,
+    whole=1024,
+    warmed=1024,
+    measured=(512, 256),
+    chunk=512,
+    yoco_chunk=256,
+    rows=Sparsity(64, 64, 8),
+    token=Sparsity(1, 64, 8),
+)
+SMOKE = GPU_SMOKE if ON_GPU else CPU_SMOKE
 
 
 # What is timed
@@ -127,14 +144,14 @@ class Kind:
 
     def __init__(self, sizes: Sizes, group: str):
         self.sizes, self.group = sizes, group
-        self.lists = {"diff_sparse": sizes.rows, "scoring": sizes.rows, "yoco": sizes.token}.get(group)
+        self.sparsity = {"diff_sparse": sizes.rows, "scoring": sizes.rows, "yoco": sizes.token}.get(group)
 
     def make(self, device: str):
         sizes = self.sizes
         if self.group in ("yoco", "scoring"):
-            return random_yoco(sizes.shape, self.lists, device, sizes.dtype)
+            return random_yoco(sizes.shape, self.sparsity, device, sizes.dtype)
         attention = {"transformer": Attention, "diff": DiffAttention, "diff_sparse": SparseDiffAttention}[self.group]
-        return random_decoder(sizes.shape, attention, self.lists, device, sizes.dtype)
+        return random_decoder(sizes.shape, attention, self.sparsity, device, sizes.dtype)
 
     @functools.cached_property
     def model(self):
@@ -154,13 +171,13 @@ class Kind:
         of_token = 2 * shape.kv_heads * shape.head_dim * size
         if self.group not in ("yoco", "scoring"):
             return shape.layers * of_token * tokens
-        pages = -(-tokens // self.lists.block_n)
+        pages = -(-tokens // self.sparsity.block_n)
         summaries = pages * of_token // 2
-        return pages * self.lists.block_n * of_token + summaries + shape.layers // 2 * shape.window * of_token
+        return pages * self.sparsity.block_n * of_token + summaries + shape.layers // 2 * shape.window * of_token
 
     def case(self, tokens: int, phase: str, build: Callable, **more) -> Case:
         shape = {"B": 1, "T": tokens, **self.sizes.shape.record(self.sizes.dtype)}
-        shape |= {} if self.lists is None else self.lists.record()
+        shape |= {} if self.sparsity is None else self.sparsity.record()
         facts = {"weights_gib": self.weights_gib, "cache_gib": self.cache_bytes(tokens) / 2**30}
         backend = "auto" if NAMES[self.group] == OURS else None
         title = f"{tokens_name(tokens)} tokens"
@@ -179,7 +196,7 @@ class Kind:
 
         def build():
             model, ids = self.model, self.prompt(tokens)
-            if tokens > self.sizes.repeated and tokens > chunk:
+            if tokens > self.sizes.repeated:  # else the median of some calls does not see the first
                 self.rehearse(tokens, chunk)
             if self.group == "scoring":
                 return lambda: score_prompt(model, ids, chunk)
@@ -192,15 +209,13 @@ class Kind:
     @torch.no_grad()
     def rehearse(self, tokens: int, chunk: int) -> None:
         """What is new at this length: the choice of blocks and attention at the prompt's end, in one layer or half."""
-        model, sizes = self.model, self.sizes
+        model, sizes, start = self.model, self.sizes, tokens - chunk
         hidden = torch.randn(1, chunk, sizes.shape.hidden, device=sizes.device, dtype=sizes.dtype)
         if isinstance(model, Decoder):
-            model.layers[0](
-                hidden, model.rotary(tokens - chunk, chunk), *model.new_cache(1, tokens, layers=1)[0], tokens - chunk
-            )
+            model.layers[0](hidden, model.rotary(start, chunk), *model.new_cache(1, tokens, layers=1)[0], start)
         elif self.group == "scoring":
             H, D = sizes.shape.kv_heads, sizes.shape.head_dim
-            positions = torch.arange(tokens - chunk, tokens, device=sizes.device)[None]
+            positions = torch.arange(start, tokens, device=sizes.device)[None]
             rotary = rotary_angles(positions, D, sizes.shape.theta, sizes.dtype)
             cross_decode(model.model, hidden, rotary, *hidden.new_zeros(2, 1, tokens, H, D).normal_())
         else:
@@ -212,7 +227,8 @@ class Kind:
             hidden = torch.randn(size, device=self.sizes.device, dtype=self.sizes.dtype)
             return lambda: self.model.one_layer(hidden)
 
-        return self.case(tokens, "one layer", build, calls=1, warmed=tokens <= self.sizes.warmed)
+        warmed = tokens <= self.sizes.warmed
+        return self.case(tokens, "one layer", build, calls=1, warmed=warmed, head_start=not warmed)
 
     def chunked(self) -> Case:
         """For its memory: in its time, chunks after the first go by FlashAttention-2."""

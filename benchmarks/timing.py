@@ -35,8 +35,9 @@ class Candidate:
         steps: how many equal steps one call makes; times are given for one.
         calls: for calls that take seconds, by which a card's clock settles by itself: they are timed so many times,
             each as it comes. None times as many as there is time for, each after one that is not timed.
-        warmed: whether a call comes before those `calls`; without, the device starts late, so that the host can prepare
-            a shape that it has not seen.
+        warmed: whether a call comes before those `calls`.
+        head_start: whether the device starts each of them late, so that the host can prepare a shape that it has not
+            seen; it also hides what launches cost, so it is for calls of few and long kernels.
     """
 
     build: Callable[[], Run]
@@ -44,6 +45,7 @@ class Candidate:
     steps: int = 1
     calls: int | None = None
     warmed: bool = True
+    head_start: bool = False
 
 
 def host_seconds(run: Run) -> float:
@@ -158,7 +160,8 @@ def _timed_calls(run: Run, candidate: Candidate, on_gpu: bool) -> dict:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    taken = [_between_events(run, 0 if candidate.warmed else HEAD_START) for _ in range(candidate.calls)]
+    wait_cycles = HEAD_START if candidate.head_start else 0
+    taken = [_between_events(run, wait_cycles) for _ in range(candidate.calls)]
     peak_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
     return quantiles_ms(taken) | {"rounds": candidate.calls, "peak_gib": round(peak_gib, 3)}
 

@@ -26,12 +26,11 @@ import models
 import prefill
 import records
 import runner
+import timing
 
-SHAPE = models.Shape(hidden=32, layers=4, heads=4, kv_heads=2, head_dim=16, intermediate=48, vocab=64, window=16)
-ON_CPU = {"device": "cpu", "dtype": torch.float32, "shape": SHAPE}
-PREFILL_SMOKE = replace(prefill.SMOKE, **ON_CPU)
-GENERATION_SMOKE = replace(generation.SMOKE, **ON_CPU, backends=("auto",), prompts=PREFILL_SMOKE)
-ROWS = models.Lists(16, 16, 5)
+SHAPE = prefill.CPU_SMOKE.shape
+PREFILL_SMOKE, GENERATION_SMOKE = prefill.CPU_SMOKE, generation.CPU_SMOKE
+ROWS = models.Sparsity(16, 16, 5)
 CLOSE = {"rtol": 1e-8, "atol": 1e-8}  # float64
 
 
@@ -51,8 +50,8 @@ def sharper(model):
     return model
 
 
-def decoder(attention=models.Attention, lists=None):
-    return sharper(models.random_decoder(SHAPE, attention, lists, "cpu", torch.float64))
+def decoder(attention=models.Attention, sparsity=None):
+    return sharper(models.random_decoder(SHAPE, attention, sparsity, "cpu", torch.float64))
 
 
 def prompt(T):
@@ -166,9 +165,13 @@ def test_yoco_reads_its_prompt_as_forward_does():
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
 @pytest.mark.parametrize("S", [64, 65, 100])
-def test_a_step_in_a_graph_is_a_step_of_decode(mode, S):
+def test_a_step_in_a_graph_is_a_step_of_decode(mode, S, device):
     """One as a captured step goes, the other as a user calls it, over the same cache."""
-    problem = generation.Problem(generation.Models(replace(GENERATION_SMOKE, dtype=torch.float64)), 2, S)
+    on_gpu = device.type == "cuda"
+    dtype = torch.float32 if on_gpu else torch.float64
+    close = {"rtol": 2e-2, "atol": 2e-2} if on_gpu else CLOSE
+    sizes = replace(GENERATION_SMOKE, device=device.type, dtype=dtype)
+    problem = generation.Problem(generation.Models(sizes), 2, S)
     model = sharper(problem.models.yoco)
     cache = models.fill(model.new_cache(2, S + 8), S - 1)
     rings = [tuple(x.clone() for x in state) for state in cache.states]
@@ -180,12 +183,14 @@ def test_a_step_in_a_graph_is_a_step_of_decode(mode, S):
         own.copy_(other)
     twin.pool.summaries.copy_(cache.pool.summaries)
     with torch.no_grad():  # room for the token, whose keys and values are wrong before the step
-        one = torch.full((2, SHAPE.kv_heads, SHAPE.head_dim), 7.0, dtype=torch.float64)
-        twin.append(one, one, torch.arange(2), torch.full((2,), S - 1), (1, 1), 1)
-    options = problem.sizes.lists.options() if mode == "sparse" else None
+        one = torch.full((2, SHAPE.kv_heads, SHAPE.head_dim), 7.0, dtype=dtype, device=device)
+        sequence = torch.arange(2, device=device)
+        twin.append(one, one, sequence, torch.full_like(sequence, S - 1), (1, 1), 1)
+    options = problem.sizes.sparsity.options() if mode == "sparse" else None
     step = generation.StaticStep(model, twin, rings, problem.ids, options, "auto")
-    torch.testing.assert_close(step(), expected, **CLOSE)
-    torch.testing.assert_close(step(), expected, **CLOSE)  # and again: a graph is replayed
+    step = timing.captured(step) if on_gpu else step
+    torch.testing.assert_close(step(), expected, **close)
+    torch.testing.assert_close(step(), expected, **close)  # and again: a graph is replayed
 
 
 def test_a_step_needs_full_windows():
@@ -442,6 +447,20 @@ def test_generation_from_end_to_end(tmp_path):
         *("sparse, ours (auto)", "dense, ours (auto)", "Transformer")
     }
     assert (tmp_path / "generation_smoke.png").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("benchmark", [prefill.BENCHMARK, generation.BENCHMARK], ids=lambda benchmark: benchmark.name)
+def test_every_group_runs_on_a_gpu(benchmark, tmp_path, monkeypatch):
+    monkeypatch.undo()  # whole parts
+    if benchmark.name == "generation":
+        benchmark = replace(benchmark, groups=generation.groups(generation.SMOKE))
+    runner.main(benchmark, "", ["--smoke", f"--output={tmp_path}"])
+    content = json.loads((tmp_path / f"{benchmark.name}_smoke.json").read_text())
+    failed = [r["error"] for r in content["records"] if "error" in r]
+    assert not [error for error in failed if "xformers" not in error]  # which may not be installed
+    assert content["environment"]["groups"].keys() == benchmark.groups.keys()
+    assert all("peak_gib" in r for r in content["records"] if "rounds" in r)
 
 
 def test_what_does_not_fit_is_recorded(tmp_path):
