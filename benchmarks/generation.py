@@ -40,7 +40,7 @@ from diffv2_sparse.yoco import DiffV2YocoForCausalLM
 from diffv2_sparse.yoco.layers import rotary_angles
 
 ON_GPU = torch.cuda.is_available()
-ROOM = 128  # tokens that eager steps append while they are timed
+ROOM = 192  # tokens that are appended while steps are timed
 RESERVE_GIB = 6  # for activations, graphs and a compiler's scratch
 
 
@@ -342,10 +342,15 @@ def prompt(sizes: Sizes) -> Iterator[list[Case]]:
 
 
 def completed(group: str, records: list[dict]) -> list[dict]:
-    """Adds tokens a second to the steps, and what the Transformer's prompt takes with all layers."""
-    for record in records:
-        if "median_ms" in record and record["shape"].get("T") == 1:
-            record["tokens_per_s"] = round(1e3 * record["shape"]["B"] / record["median_ms"], 1)
+    """Adds tokens a second and the Transformer's time over ours to the steps; and its prompt with all layers."""
+    steps = [record for record in records if "median_ms" in record and record["shape"].get("T") == 1]
+    theirs = {(r["shape"]["B"], r["shape"]["S"], r["phase"]): r for r in steps if r["kind"] == TRANSFORMER}
+    for record in steps:
+        shape = record["shape"]
+        record["tokens_per_s"] = round(1e3 * shape["B"] / record["median_ms"], 1)
+        peer = theirs.get((shape["B"], shape["S"], record["phase"].replace("sparse", "dense")))
+        if record["kind"] == OURS and peer:
+            record["ratios"] = {TRANSFORMER: round(peer["median_ms"] / record["median_ms"], 3)}
     if group != "prompt":
         return []
     return prefill.completed("transformer", records[-1:])

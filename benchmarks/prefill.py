@@ -324,9 +324,9 @@ BENCHMARK = Benchmark(
     groups={
         "yoco": (functools.partial(chunked_kind, "yoco"), 0),
         "transformer": (functools.partial(dense_kind, "transformer"), 0),
+        "diff": (functools.partial(dense_kind, "diff"), 0),
         "diff_sparse": (functools.partial(chunked_kind, "diff_sparse"), 0),
         "scoring": (functools.partial(chunked_kind, "scoring"), 0),
-        "diff": (functools.partial(dense_kind, "diff"), 0),
     },
     full=FULL,
     smoke=SMOKE,

@@ -348,6 +348,8 @@ def test_generation_bars():
     ]
     generation.completed("batch 1", found)
     assert found[0]["tokens_per_s"] == 500
+    assert found[0]["ratios"] == {"Transformer": 7.0}
+    assert "ratios" not in found[4]  # another batch size
     layer = prompts("prompt", "Transformer", None, 0.0, 4e3)[:1]
     layer[0] |= {"phase": "one layer", "case": "512K tokens", "shape": {"T": 1 << 19, "layers": 26}}
     found += layer + generation.completed("prompt", layer)
