@@ -21,13 +21,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, affine: bool = True):
         super().__init__()
-        self.eps = eps
+        self.size, self.eps = (size,), eps
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        out = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        return out if self.weight is None else self.weight * out
+        weight = None if self.weight is None else self.weight.to(x.dtype)  # of one dtype, so that one kernel does it
+        return F.rms_norm(x, self.size, weight, self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -60,6 +59,6 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Turns `x` `[B, T, heads, D]` by the angles of its tokens; computed in the angles' dtype, returned in x's."""
-    cos, sin = (part[:, :, None] for part in rotary)
-    even, odd = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+    turn = torch.complex(*rotary)[:, :, None]
+    pairs = x.to(torch.promote_types(x.dtype, rotary[0].dtype)).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
