@@ -171,11 +171,25 @@ class SharedKVCache:
         self.check_room(counts)
         if sum(counts):
             self.table.extend(self.tokens, counts)
-            block = self.table.locate(sequence, position, self.tokens, counts)
-            self.pool.write(k, v, block, position % self.spec.block_n)
+            self.pool.write(k, v, self.table.locate(sequence, position), position % self.spec.block_n)
             if filled := self.table.filled(self.tokens, counts):
-                self.pool.summarise(filled)
+                self.pool.summarise(self._sent(filled, torch.long))
             self.lengths += self._sent(counts)
+        self._count(counts, columns)
+
+    def advance(self, tokens: int) -> None:
+        """Takes blocks for as many more tokens of every sequence and counts them. Their keys and values, and `lengths`,
+        are the caller's to write: by the device's `lengths`, so that one CUDA graph serves all positions.
+
+        Raises:
+            ValueError: a sequence outgrows the capacity, or the pool is exhausted; nothing changes.
+        """
+        counts = (tokens,) * self.batch_size
+        self.check_room(counts)
+        self.table.extend(self.tokens, counts)
+        self._count(counts, tokens)
+
+    def _count(self, counts: tuple[int, ...], columns: int) -> None:
         self.tokens = tuple(map(int.__add__, self.tokens, counts))
         self.floors = tuple(max(floor, end - self.max_rollback) for floor, end in zip(self.floors, self.tokens))
         self.columns += columns

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .selectors import block_mean
+from .selectors import block_summaries
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class PagePool:
 
     def copy(self, origins: Sequence[int], copies: Sequence[int]) -> None:
         """Copies keys and values from block to block; not the summaries, which open blocks do not have."""
-        origin, copied = self._pages(origins), self._pages(copies)
+        at = sent([origins, copies], torch.long, self.k_pages.device)
+        origin, copied = self._pages(at[0]), self._pages(at[1])
         for pages in (self.k_pages, self.v_pages):
             pages[copied] = pages[origin]
 
@@ -118,11 +119,11 @@ class PagePool:
         self.k_pages[page, slot[:, None]] = k.detach().to(self.k_pages.dtype)
         self.v_pages[page, slot[:, None]] = v.detach().to(self.v_pages.dtype)
 
-    def summarise(self, blocks: Sequence[int]) -> None:
-        """Computes the summaries of blocks that have become full, from their pages."""
-        keys = self.k_pages[self._pages(blocks)]  # [blocks · H, block_n, D]
-        at = sent(blocks, torch.long, keys.device)
-        self.summaries[at] = block_mean(keys, 1).unflatten(0, (-1, self.kv_heads))
+    def summarise(self, block: Tensor) -> None:
+        """Computes the summaries of blocks int64 `[N]` from their pages; those of open blocks mean nothing yet."""
+        keys = self.k_pages[self._pages(block)]  # [N · H, block_n, D]
+        means = block_summaries(keys[:, :, None], self.block_n)  # [N · H, 1, 1, D]
+        self.summaries[block] = means.view(-1, *self.summaries.shape[1:])
 
     def grow(self, blocks: int) -> None:
         """Enlarges the pool to `blocks`. The pages keep their numbers and move to other memory; both exist for a
@@ -138,9 +139,8 @@ class PagePool:
             setattr(self, name, torch.cat([x, x.new_zeros(rows, *x.shape[1:])]))
         self.moves += 1
 
-    def _pages(self, blocks: Sequence[int]) -> Tensor:
-        at = sent(blocks, torch.long, self.k_pages.device)
-        return (at[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=at.device)).flatten()
+    def _pages(self, block: Tensor) -> Tensor:
+        return (block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)).flatten()
 
 
 class PageTable:
@@ -152,6 +152,7 @@ class PageTable:
     Attributes:
         blocks: per sequence, the blocks it holds.
         pages: int32 `[B, H, NP]`; entries past a sequence's blocks have no meaning.
+        numbers: int64 `[B, NP]`, the blocks again, on the device. Writes go by these: damaged `pages` lead none astray.
         at_home: whether all blocks are.
     """
 
@@ -160,6 +161,7 @@ class PageTable:
         self.pool, self.at_home = pool, True
         self.blocks: list[list[int]] = [[] for _ in range(batch_size)]
         self.pages = torch.zeros(batch_size, pool.kv_heads, width, dtype=torch.int32, device=device)
+        self.numbers = torch.zeros(batch_size, width, dtype=torch.long, device=device)
 
     @property
     def width(self) -> int:
@@ -198,18 +200,9 @@ class PageTable:
             pool.copy(*zip(*copied))
         self._publish(places)
 
-    def locate(self, sequence: Tensor, position: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """The blocks int64 `[N]` of the tokens at these positions, which `extend` made room for.
-
-        From the host's books: a damaged `pages` leads no write astray.
-        """
-        block_n, touched, offsets = self.pool.block_n, [], []
-        for own, start, count in zip(self.blocks, tokens, counts):
-            first = start // block_n
-            offsets.append(len(touched) - first)
-            touched += own[first : -(-(start + count) // block_n)] if count else []
-        both = sent(offsets + touched, torch.long, sequence.device)
-        return both[len(offsets) :][both[sequence] + position // block_n]
+    def locate(self, sequence: Tensor, position: Tensor) -> Tensor:
+        """The blocks of tokens, int64, from sequences and positions of one shape, which `extend` made room for."""
+        return self.numbers[sequence, position // self.pool.block_n]
 
     def filled(self, tokens: Sequence[int], counts: Sequence[int]) -> list[int]:
         """The blocks that become full."""
@@ -236,14 +229,15 @@ class PageTable:
             self.pool.release(old[n:])
         self.at_home = origin.at_home and (list(order) == list(range(len(order))) or not any(fresh))
         self.blocks = fresh
-        self.pages.copy_(origin.pages[sent(order, torch.long, self.pages.device)])
+        at = sent(order, torch.long, self.pages.device)
+        self.pages.copy_(origin.pages[at])
+        self.numbers.copy_(origin.numbers[at])
 
     def widen(self, width: int) -> None:
         """Makes room for `width` blocks per sequence, in other memory."""
         self.at_home = not any(self.blocks[1:]) and self.at_home
-        pages = self.pages.new_zeros(*self.pages.shape[:2], width)
-        pages[:, :, : self.width] = self.pages
-        self.pages = pages
+        more = width - self.width
+        self.pages, self.numbers = (torch.nn.functional.pad(x, (0, more)) for x in (self.pages, self.numbers))
 
     def summaries(self, sequence: Tensor | slice, blocks: int) -> Tensor:
         """The summaries of the first `blocks` blocks of some sequences, `[b, blocks, H, D]`."""
@@ -251,9 +245,7 @@ class PageTable:
         pool = self.pool.summaries
         if self.at_home and isinstance(sequence, slice) and pool.shape[0] >= B * NP:
             return pool[: B * NP].unflatten(0, (B, NP))[sequence, :blocks]
-        # every head's page of a block tells which block; entries without meaning may be anything
-        own = (self.pages[sequence, 0, :blocks].long() // H).clamp(0, pool.shape[0] - 1)
-        return pool[own]
+        return pool[self.numbers[sequence, :blocks]]
 
     def _publish(self, places: list[tuple[int, int]]) -> None:
         """Brings entries of `pages` in line with `blocks`."""
@@ -264,6 +256,7 @@ class PageTable:
         self.at_home = self.at_home and all(block == b * self.width + j for b, j, block in numbers)
         b, j, block = sent(numbers, torch.long, device).unbind(1)
         self.pages[b, :, j] = (block[:, None] * H + torch.arange(H, device=device)).int()
+        self.numbers[b, j] = block
 
 
 def _shared(old: list[int], new: list[int]) -> int:
