@@ -23,6 +23,7 @@ DECODING = {  # T, HQ, H, D, differential, page size, lists: classes and tokens 
     "decode, per class, small pages": (4, 16, 2, 64, True, 16, (2, 1)),
     "decode, dense, many rows": (16, 8, 1, 128, True, 128, None),
     "decode, ordinary": (3, 3, 1, 96, False, 48, (1, 2)),
+    "decode, a ring as pages of one key": (1, 16, 2, 128, True, 1, None),
 }
 CHOICES = {  # B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, lengths on the device
     "choice for rows of 64": (1, 4096, 64, 16, 2, 128, 64, 64, "pair_mean", [(32, math.inf)], False),

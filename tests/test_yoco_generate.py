@@ -50,6 +50,21 @@ def test_a_cache_is_continued():
     assert torch.equal(continued, model.generate(tokens, attention_mask=mask, **options))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 6}])
+def test_only_masks_of_prompts_are_read(options):
+    """Reading one waits for the device; tokens that were generated are no padding."""
+    model = tiny_model()
+    tokens, mask = ragged_tokens(20, (0, 7))
+    masks = []
+    model.model.register_forward_pre_hook(lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True)
+    model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, **options)
+    prompts = 4 if "prefill_chunk_size" in options else 1
+    assert [x is None for x in masks] == [False] * prompts + [True] * 5
+    masks.clear()
+    model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert all(x is not None for x in masks)
+
+
 def test_generation_ends_at_the_end_of_sequence():
     model = tiny_model()
     tokens = torch.randint(1, VOCAB, (2, 12))

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import diff_attention, diff_attention_paged
-from ..cache import RowLists, SharedKVCache, WindowState
+from ..cache import PagedKV, RowLists, SharedKVCache, WindowState
 from ..selection import BlockSelection
 from ..selectors import select_blocks
 from .configuration import DiffV2YocoConfig
 from .layers import Rotary, apply_rotary
-from .layout import Layout, running_sum
+from .layout import Following, Layout, running_sum
 from .reading import FOLDED_TOKENS, Reading, Rows
 
 
@@ -81,6 +81,19 @@ class DiffV2Attention(nn.Module):
         )
         out = self.o_proj(o.flatten(-2)).view(hidden.shape)
         return out, WindowState(reach.keep(state.k, k), reach.keep(state.v, v))
+
+    def step(self, hidden: Tensor, rotary: Rotary, following: Following, state: WindowState) -> Tensor:
+        """`extend` for few tokens `[B, T, hidden_size]`, T ≤ max_rollback + 1, which changes `state` in place; its
+        tensors are contiguous.
+        """
+        q, k, v = self._project(hidden, rotary)
+        _, H, R, D = state.k.shape
+        for ring, x in zip(state, (k, v)):
+            ring[following.sequence, :, following.positions % R] = x.to(ring.dtype)
+        pages = PagedKV(*(ring.view(-1, 1, D) for ring in state), *following.ring_pages(self.window, H, R))
+        q, lam_logit = (x.flatten(0, 1)[:, None] for x in (q.to(state.k.dtype), self.lambda_proj(hidden)))
+        o = diff_attention_paged(q, lam_logit, pages, backend=self.config.attn_backend)
+        return self.o_proj(o.flatten(-2).view(*hidden.shape[:2], -1))
 
     def _project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """q `[B, T, 2·HO, D]` and k `[B, T, H, D]`, turned by their positions, and v `[B, T, H, D]`."""

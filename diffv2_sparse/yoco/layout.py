@@ -79,6 +79,43 @@ class WindowReach:
 
 
 @dataclass(frozen=True)
+class Following:
+    """T more tokens of each of B sequences, placed by the device's numbers alone, as a captured graph needs it.
+
+    Attributes:
+        positions: int64 `[B, T]`.
+    """
+
+    positions: Tensor
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """int64 `[B, 1]`."""
+        return torch.arange(len(self.positions), device=self.positions.device)[:, None]
+
+    @cached_property
+    def _rings(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
+        return {}
+
+    def ring_pages(self, window: int, kv_heads: int, ring: int) -> tuple[Tensor, Tensor]:
+        """The keys that each token sees in rings `[B, H, R, D]`, which hold these tokens, too, as pages of one key: a
+        page table int32 `[B · T, H, window]` and lengths int32 `[B · T]`. Worked out once for all layers.
+
+        T ≤ R − window + 1: more would overwrite what the first of them sees.
+        """
+        if (window, kv_heads, ring) not in self._rings:
+            B, T = self.positions.shape
+            device = self.positions.device
+            first = (self.positions - window + 1).clamp(min=0)
+            slot = (first[..., None] + torch.arange(window, device=device)) % ring  # [B, T, window]
+            before = torch.arange(B * kv_heads, device=device).view(B, 1, kv_heads, 1) * ring
+            table = (before + slot[:, :, None]).flatten(0, 1).int()
+            lengths = (self.positions - first + 1).flatten().int()
+            self._rings[window, kv_heads, ring] = table, lengths
+        return self._rings[window, kv_heads, ring]
+
+
+@dataclass(frozen=True)
 class Layout:
     """The tokens of one call.
 

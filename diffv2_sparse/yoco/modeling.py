@@ -25,8 +25,10 @@ from ..selectors import block_summaries
 from .arguments import check_labels, loss_arguments, tokens_or_embeddings
 from .attention import CrossAttention, DiffV2Attention
 from .configuration import DiffV2YocoConfig
+from .generation import SharedCacheGeneration
+from .graphs import ModelGraphs, can_capture
 from .layers import RMSNorm, Rotary, SwiGLU, apply_rotary, rotary_angles
-from .layout import Layout
+from .layout import Following, Layout
 from .reading import Kept, Reading, locate
 from .retention import GatedRetention
 
@@ -55,6 +57,11 @@ class SelfDecoderLayer(GradientCheckpointingLayer):
         mixed, state = self.mixer.extend(self.mixer_norm(hidden), rotary, layout, state)
         hidden = hidden + mixed
         return hidden + self.mlp(self.mlp_norm(hidden)), state
+
+    def step(self, hidden: Tensor, rotary: Rotary, following: Following, state: SelfState) -> Tensor:
+        """`extend` for few tokens, which changes `state` in place."""
+        hidden = hidden + self.mixer.step(self.mixer_norm(hidden), rotary, following, state)
+        return hidden + self.mlp(self.mlp_norm(hidden))
 
 
 class SharedKV(nn.Module):
@@ -124,6 +131,7 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         self.cross_layers = nn.ModuleList(CrossDecoderLayer(config) for _ in range(half))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.graphs = ModelGraphs()
         self.post_init()
 
     @can_return_tuple
@@ -135,10 +143,13 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        use_graphs: bool = True,
     ) -> BaseModelOutputWithPast:
         """Hidden states `[B, K, hidden_size]` of what is kept. Arguments as in `DiffV2YocoForCausalLM.forward`."""
         if past_key_values is None and not use_cache:
             hidden = self._all_positions(input_ids, attention_mask, inputs_embeds, logits_to_keep)
+        elif attention_mask is None and past_key_values is not None and inputs_embeds is None:
+            hidden = self.decode(input_ids, past_key_values, logits_to_keep=logits_to_keep, use_graphs=use_graphs)
         else:
             hidden, past_key_values = self.prefill(
                 input_ids, attention_mask, past_key_values, inputs_embeds=inputs_embeds, logits_to_keep=logits_to_keep
@@ -161,7 +172,7 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         return _placed(hidden.flatten(0, 1)[locate(layout, positions)[0]], places, len(layout.counts), kept.width)
 
     def _layers(self, hidden: Tensor, layout: Layout) -> Tensor:
-        rotary = self._rotary(layout.positions)
+        rotary = self.rotary(layout.positions)
         for layer in self.self_layers:
             hidden = layer(hidden, rotary, layout)
         k, v = self.shared_kv(hidden, rotary)
@@ -213,13 +224,27 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
                     progress(min(start + chunk_tokens, T), T)
         return _placed(torch.cat(hidden), places, B, kept.width), cache
 
+    @torch.no_grad()
+    def decode(
+        self, input_ids: Tensor, cache: SharedKVCache, *, logits_to_keep: int | Tensor = 0, use_graphs: bool = True
+    ) -> Tensor:
+        """As `DiffV2YocoForCausalLM.decode`, but for hidden states `[B, K, hidden_size]`."""
+        one_graph = use_graphs and isinstance(cache, SharedKVCache) and type(logits_to_keep) is int
+        if one_graph and logits_to_keep >= 0:
+            self.config.check_sparsity()
+            T = tokens_or_embeddings(self.config, input_ids, None).shape[1]
+            if can_capture(self, cache, T):
+                cache.check(self.cache_spec(), input_ids.shape[0])
+                return self.graphs.decode(self, input_ids, cache)[:, -logits_to_keep:]
+        return self.prefill(input_ids, cache=cache, logits_to_keep=logits_to_keep)[0]
+
     def _extend(self, embeds: Tensor, layout: Layout, cache: SharedKVCache, asked: list[Sequence[int]]) -> Tensor:
         """Reads more tokens into the cache; hidden states `[K, hidden_size]` of those asked for, by sequence."""
         if not sum(layout.counts):  # padding only
             nothing = embeds.new_zeros(0, cache.spec.kv_heads, cache.spec.head_dim)
             cache.append(nothing, nothing, *layout.located, layout.counts, layout.width)
             return embeds.new_zeros(0, embeds.shape[-1])
-        hidden, rotary, states = layout.pack(embeds), self._rotary(layout.positions), []
+        hidden, rotary, states = layout.pack(embeds), self.rotary(layout.positions), []
         for layer, state in zip(self.self_layers, cache.states):
             hidden, state = layer.extend(hidden, rotary, layout, state)
             states.append(state)
@@ -234,7 +259,7 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         reading = Reading.of(layout, asked, block_m)
         held = cache.held if choice == cache.held_choice else (None,) * len(self.cross_layers)  # then no row is open
         if reading.tokens.shape[0]:
-            hidden, rotary, open_rows = hidden.flatten(0, 1)[reading.tokens][None], self._rotary(reading.positions), []
+            hidden, rotary, open_rows = hidden.flatten(0, 1)[reading.tokens][None], self.rotary(reading.positions), []
             for layer, rows in zip(self.cross_layers, held):
                 hidden, rows = layer.read(hidden, rotary, cache, reading, rows)
                 open_rows.append(rows)
@@ -270,7 +295,8 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
     def _embed(self, inputs: Tensor) -> Tensor:
         return inputs if inputs.ndim == 3 else self.embed_tokens(inputs)
 
-    def _rotary(self, positions: Tensor) -> Rotary:
+    def rotary(self, positions: Tensor) -> Rotary:
+        """The angles of positions `[B, T]`."""
         return rotary_angles(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
 
 
@@ -280,7 +306,7 @@ def _placed(hidden: Tensor, places: list[int], B: int, K: int) -> Tensor:
     return hidden.new_zeros(B * K, hidden.shape[-1]).index_copy(0, index, hidden).unflatten(0, (B, K))
 
 
-class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, GenerationMixin):
+class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, SharedCacheGeneration, GenerationMixin):
     """`DiffV2YocoModel` with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -302,6 +328,7 @@ class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        use_graphs: bool = True,
         **loss_args,
     ) -> CausalLMOutputWithPast:
         """Logits and, with `labels`, the loss.
@@ -318,6 +345,7 @@ class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, GenerationMixin):
                 and, while gradients are enabled, without a cache.
             use_cache: True makes a cache for `max_position_embeddings` tokens where none is given; None makes none.
             logits_to_keep: 0 is all T columns; n > 0 each sequence's last n tokens; an integer tensor those columns.
+            use_graphs: as in `decode`; also an argument of `generate`.
             loss_args: `num_items_in_batch` (from Trainer) and `ignore_index`, for the loss.
 
         Returns:
@@ -337,6 +365,7 @@ class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            use_graphs=use_graphs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
@@ -382,42 +411,21 @@ class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, GenerationMixin):
         )
         return self.lm_head(hidden), cache
 
-    def decode(self, input_ids: Tensor, cache: SharedKVCache) -> Tensor:
-        """Appends t tokens to every sequence: input_ids `[B, t]` → logits `[B, t, vocab_size]`. Errors as `prefill`."""
+    @torch.no_grad()
+    def decode(self, input_ids: Tensor, cache: SharedKVCache, *, use_graphs: bool = True) -> Tensor:
+        """Appends t tokens to every sequence: input_ids `[B, t]` → logits `[B, t, vocab_size]`. Errors as `prefill`.
+
+        Args:
+            use_graphs: on CUDA up to 1 + max_rollback tokens are one CUDA graph per t, captured at the second call and
+                again when the cache's tensors, the weights or the options have moved or changed. Hooks of modules do
+                not run in it, and modules may not be replaced by others. Rows of one token only (`sparse_block_m`).
+        """
         if cache is None:
             raise ValueError("cache: expected a SharedKVCache, as from `new_cache` or `prefill`, got None")
-        return self.prefill(input_ids, cache=cache, logits_to_keep=0)[0]
+        return self.lm_head(self.model.decode(input_ids, cache, use_graphs=use_graphs))
 
     def new_cache(
         self, batch_size: int, capacity: int, *, blocks: int | None = None, max_rollback: int = 0
     ) -> SharedKVCache:
         """An empty cache in the model's dtype and on its device; arguments as `SharedKVCache`."""
         return self.model.new_cache(batch_size, capacity, blocks=blocks, max_rollback=max_rollback)
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
-    ) -> None:
-        """Called by `generate`: the cache is ours, with room for the prompt and what will be generated."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(f"cache_implementation: expected None, got {generation_config.cache_implementation!r}")
-        given, max_rollback = model_kwargs.get("past_key_values"), 0
-        if generation_mode == "assisted_generation":
-            max_rollback = generation_config.prompt_lookup_num_tokens or 0
-            self._check_rollback(given, max_rollback)
-        if given is None and generation_config.use_cache is not False:
-            sequences = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            capacity = max_cache_length + max_rollback  # the last candidates may reach past the end
-            model_kwargs["past_key_values"] = self.new_cache(sequences, capacity, max_rollback=max_rollback)
-
-    def _check_rollback(self, cache: SharedKVCache | None, max_rollback: int) -> None:
-        """Raises ValueError unless candidates that are not accepted can be taken back."""
-        if self.config.sparse_mode != "dense" and self.config.sparse_block_m > 1:
-            raise ValueError(
-                f"assistant_model, prompt_lookup_num_tokens: expected sparse_block_m = 1, as tokens cannot be taken "
-                f"back into earlier rows, got {self.config.sparse_block_m}"
-            )
-        if cache is None and max_rollback == 0:
-            raise ValueError(
-                "assistant_model: expected past_key_values = model.new_cache(..., max_rollback=n) with n no less than "
-                "the assistant's tokens at a time, got None"
-            )

@@ -21,7 +21,7 @@ from ..cache import RetentionState
 from ..pages import sent
 from .configuration import DiffV2YocoConfig
 from .layers import RMSNorm, Rotary, apply_rotary
-from .layout import Layout
+from .layout import Following, Layout
 
 DECAY_TEMPERATURE = 16  # of the gate: a fresh head keeps about 96 % of its memory per token
 CHUNK_TOKENS = 64
@@ -125,10 +125,7 @@ class GatedRetention(nn.Module):
         self, hidden: Tensor, rotary: Rotary, layout: Layout | None, state: RetentionState | None
     ) -> tuple[Tensor, RetentionState | None]:
         """Continues from `state`; returns the output and the state after these tokens."""
-        q, k, v = (p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        decay = self.decay_proj(hidden)
-        log_decay = F.logsigmoid(decay.to(torch.promote_types(decay.dtype, torch.float32))) / DECAY_TEMPERATURE
+        q, k, v, log_decay = self._project(hidden, rotary)
         if state is None:
             o = self._retain(q, k, v, log_decay, None, layout)[0]
         elif state.memory.shape[1] == 1:
@@ -136,8 +133,29 @@ class GatedRetention(nn.Module):
             state = RetentionState(memory[:, None])
         else:
             o, state = self._retain_and_keep(q, k, v, log_decay, state, layout)
+        return self._gated(hidden, o), state
+
+    def step(self, hidden: Tensor, rotary: Rotary, following: Following, state: RetentionState) -> Tensor:
+        """`extend` for few tokens `[B, T, hidden_size]`, T ≤ max_rollback + 1, which changes `state` in place."""
+        inputs, outputs = self._project(hidden, rotary), []
+        sequence, slots = following.sequence[:, 0], state.memory.shape[1]
+        memory = state.memory[sequence, following.positions[:, 0] % slots]
+        for t in range(hidden.shape[1]):
+            o, memory = self._retain(*(x[:, t : t + 1] for x in inputs), memory, None)
+            outputs.append(o)
+            state.memory[sequence, (following.positions[:, t] + 1) % slots] = memory.to(state.memory.dtype)
+        return self._gated(hidden, torch.cat(outputs, 1))
+
+    def _project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v `[B, T, heads, D]`, the first two turned by their positions, and log γ `[B, T, heads]`."""
+        q, k, v = (p(hidden).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        decay = self.decay_proj(hidden)
+        log_decay = F.logsigmoid(decay.to(torch.promote_types(decay.dtype, torch.float32))) / DECAY_TEMPERATURE
+        return apply_rotary(q, rotary), apply_rotary(k, rotary), v, log_decay
+
+    def _gated(self, hidden: Tensor, o: Tensor) -> Tensor:
         o = self.head_norm(o).to(hidden.dtype).flatten(-2)
-        return self.o_proj(F.silu(self.gate_proj(hidden)) * o), state
+        return self.o_proj(F.silu(self.gate_proj(hidden)) * o)
 
     def _retain(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, memory: Tensor | None, layout: Layout | None
