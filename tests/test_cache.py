@@ -44,7 +44,7 @@ def contents(cache: SharedKVCache, b: int) -> tuple[torch.Tensor, torch.Tensor, 
     """Keys and values `[n, H, D]` of sequence b and the summaries `[n // block_n, H, D]` of its full blocks, as
     attention would read them.
     """
-    position = torch.arange(cache.tokens[b])
+    position = torch.arange(cache.tokens[b], device=cache.lengths.device)
     page = cache.page_table[b, :, position // cache.spec.block_n].long()  # [H, n]
     slot = position % cache.spec.block_n
     k, v = (pages[page, slot].transpose(0, 1).clone() for pages in (cache.k_pages, cache.v_pages))
