@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cache import PagedKV
 
 BACKENDS = ("auto", "hopper", "triton", "torch", "flex", "flash", "reference")
-KERNELS = ("triton",)  # which of ours "auto" takes on CUDA: the first that can
+FULL_TILE = 128  # query vectors of the Hopper kernels; they walk together what shorter rows chose apart
 PAGED_BACKENDS = ("auto", "triton", "torch", "xformers")
 
 
@@ -203,7 +203,9 @@ def _automatic(q: Tensor, selection: BlockSelection | None, plain: bool) -> str:
             return "flash"
     if plain:
         return "torch"
-    return next((name for name in KERNELS if not _kernels_obstacle(name, q, selection)), "torch")
+    fills = selection is None or selection.block_m * (q.shape[2] // selection.indices.shape[2]) >= FULL_TILE
+    kernels = ("hopper", "triton") if fills else ("triton",)
+    return next((name for name in kernels if not _kernels_obstacle(name, q, selection)), "torch")
 
 
 def _kernels_obstacle(backend: str, q: Tensor, selection: BlockSelection | None) -> str | None:

@@ -132,7 +132,7 @@ def swapped_pair(q, k, v, lam, selection):
 )
 def test_what_auto_takes_on_a_gpu(choice, dtype, D, selected, plain):
     q = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 8, 4, D))
-    assert attention._automatic(q, object() if selected else None, plain) == choice
+    assert attention._automatic(q, random_selection(1, 8, 8, 2, block_m=1) if selected else None, plain) == choice
 
 
 def dropped_block(q, k, v, lam, selection):

@@ -341,11 +341,13 @@ def test_named_it_raises_and_says_what_is_missing(dtype, D, block_n, message):
 
 
 def test_auto_goes_on_to_the_next(hopper):
-    hopper.setattr(attention, "KERNELS", ("hopper", "triton"))
     q = fake_gpu(torch.empty(1, 4, 4, 64, dtype=torch.bfloat16))
-    selection = random_selection(1, 128, 128, 2, block_n=64)
+    selection = random_selection(1, 128, 128, 2, block_m=64, block_n=64)
     assert attention._automatic(q, selection, plain=False) == "hopper"
-    assert attention._automatic(q, random_selection(1, 128, 128, 2), plain=False) == "triton"
+    assert attention._automatic(q, None, plain=False) == "hopper"  # a window
+    assert attention._automatic(q, random_selection(1, 128, 128, 2, block_m=64, block_n=16), plain=False) == "triton"
+    short = random_selection(1, 128, 128, 2, block_m=63, block_n=64)
+    assert attention._automatic(q, short, plain=False) == "triton"
     probe._find.cache_clear()
     hopper.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert attention._automatic(q, selection, plain=False) == "triton"
