@@ -17,7 +17,7 @@ from .tiles import arch_of, cdiv, next_power_of_2, tile_sizes
 
 
 @triton.jit
-def _rows_before(rows, begin, end, limit):
+def rows_before(rows, begin, end, limit):
     """The first entry of an ascending list, between begin and end, that is `limit` or more."""
     while begin < end:
         middle = (begin + end) // 2
@@ -134,8 +134,8 @@ def _dkv_kernel(
             offsets_at = offsets + at * (NN + 1) + i_block
             high = tl.load(offsets_at + 1)
             low_row = row0 + tl.maximum(key_first - ahead, 0) // BLOCK_M
-            low = _rows_before(rows_at, tl.load(offsets_at), high, low_row)
-            middle = _rows_before(rows_at, low, high, row0 + tl.cdiv(tl.maximum(block_end - 1 - ahead, 0), BLOCK_M))
+            low = rows_before(rows_at, tl.load(offsets_at), high, low_row)
+            middle = rows_before(rows_at, low, high, row0 + tl.cdiv(tl.maximum(block_end - 1 - ahead, 0), BLOCK_M))
         else:
             low = tl.maximum(key_first - ahead, 0)
             high = Tq

@@ -82,12 +82,22 @@ class Shared:
     def store(self, x):
         self.data[...] = x.handle.data
 
+    def load(self, layout):
+        return tensor(self.data.copy(), self.dtype)
+
+    def _reinterpret(self, dtype, shape, layout):
+        assert self.data.flags.c_contiguous
+        shape = [number(n) for n in shape]
+        whole = self.data.reshape(-1).view(NUMPY[dtype])
+        return Shared(whole[: math.prod(shape)].reshape(shape), dtype)
+
 
 def allocate_shared_memory(dtype, shape, layout):
     shape = [number(n) for n in shape]
     if dtype == tl.int64:  # barriers
         return Shared([Barrier() for _ in range(math.prod(shape))])
-    return Shared(np.full(shape, np.nan, NUMPY[dtype]), dtype)
+    poison = np.iinfo(np.int32).min if dtype == tl.int32 else np.nan
+    return Shared(np.full(shape, poison, NUMPY[dtype]), dtype)
 
 
 def init(barrier, count):
@@ -195,6 +205,8 @@ def warp_specialize(jobs, worker_num_warps, worker_num_regs):
 
 
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
+    if asm == "mov.u32 $0, %ctaid.x;":
+        return tl.program_id(0)
     data = [x.handle.data for x in args]
     if asm.startswith("cvt.rn.f16x2.f32"):
         assert asm == "cvt.rn.f16x2.f32 $0, $2, $1;"
@@ -213,8 +225,15 @@ def of_triton(name):
 
 
 TYPES = "constexpr", "float16", "bfloat16", "float32", "int32", "int64"
-BUILTINS = "load", "store", "where", "minimum", "maximum", "cdiv", "program_id", "log2", "join"
-LAYOUTS = "NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout", "SliceLayout"
+BUILTINS = "load", "store", "where", "minimum", "maximum", "cdiv", "program_id", "log2", "exp2", "join"
+LAYOUTS = (
+    "NVMMASharedLayout",
+    "SwizzledSharedLayout",
+    "NVMMADistributedLayout",
+    "DotOperandLayout",
+    "BlockedLayout",
+    "SliceLayout",
+)
 LANGUAGE = SimpleNamespace(
     **{name: getattr(tl, name) for name in TYPES},
     **{name: of_triton(name) for name in BUILTINS},
