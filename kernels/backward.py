@@ -63,6 +63,36 @@ def _delta_kernel(
         tl.store(delta + (b * HO + head) * T + t, own, mask=live)
 
 
+def deltas(
+    do: Tensor, o: Tensor, o_noise: Tensor, lam_logit: Tensor | None, lse: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """δ, like lse, and d lam_logit, like lam_logit; arguments as `backward` takes them."""
+    B, T, HO, D = do.shape
+    diff = lam_logit is not None
+    delta = torch.empty_like(lse)
+    dlam = torch.empty(B, T, HO, dtype=lam_logit.dtype, device=do.device) if diff else None
+    DP = padded(D)
+    rows = max(1, 4096 // DP)
+    _delta_kernel[(cdiv(B * T * HO, rows),)](
+        do,
+        o,
+        o_noise if diff else None,
+        lam_logit,
+        delta,
+        dlam,
+        strides_of(do),
+        strides_of(lam_logit),
+        B * T * HO,
+        T,
+        HO=HO,
+        D=D,
+        DIFF=diff,
+        ROWS=rows,
+        DP=DP,
+    )
+    return delta, dlam
+
+
 def backward(
     do: Tensor,
     q: Tensor,
@@ -83,29 +113,7 @@ def backward(
         transposed: key block → rows of the selection (`BlockSelection.transpose`): offsets `[B, C, H, NN + 1]` and
             rows `[B, C, H, NM · NB]`, key blocks of packed sequences counted one after another; None without lists.
     """
-    B, T, HO, D = do.shape
-    diff = lam_logit is not None
-    delta = torch.empty_like(lse)
-    dlam = torch.empty(B, T, HO, dtype=lam_logit.dtype, device=q.device) if diff else None
-    DP = padded(D)
-    rows = max(1, 4096 // DP)
-    _delta_kernel[(cdiv(B * T * HO, rows),)](
-        do,
-        o,
-        o_noise if diff else None,
-        lam_logit,
-        delta,
-        dlam,
-        strides_of(do),
-        strides_of(lam_logit),
-        B * T * HO,
-        T,
-        HO=HO,
-        D=D,
-        DIFF=diff,
-        ROWS=rows,
-        DP=DP,
-    )
+    delta, dlam = deltas(do, o, o_noise, lam_logit, lse)
     dq = query_gradient(do, q, k, v, lam_logit, lse, delta, domain, scale)
     dk, dv = key_gradients(do, q, k, v, lam_logit, lse, delta, domain, transposed, scale)
     return dq, dk, dv, dlam
