@@ -2,7 +2,7 @@
 
 `torch.library` operators, each a direct launch of `kernels/` (imported when first called): attention, forward and
 backward, decoding, the choice of blocks and their summaries. Lists pass no gradient, and neither does lse. "hopper" has
-a forward of its own, for fewer shapes. Source of the formulas: the kernels.
+kernels of its own for attention, for fewer shapes. Source of the formulas: the kernels.
 """
 
 from __future__ import annotations
@@ -195,9 +195,13 @@ def _attention_backward(
     block_n: int,
     scale: float,
     window: int | None,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and lam_logit (empty without it)."""
-    from .kernels.backward import backward
+    if hopper:
+        from .kernels.hopper.backward import backward
+    else:
+        from .kernels.backward import backward
 
     domain = _domain(q, k, indices, counts, cu_q, cu_k, block_m, block_n, window)
     with _on(q):
@@ -208,13 +212,14 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(do, q, k, v, lam_logit, o, lse, o_noise, indices, counts, cu_q, cu_k, block_m, block_n, scale, window):
+def _(do, q, k, v, lam_logit, *rest):
     dlam = q.new_empty(0) if lam_logit is None else lam_logit.new_empty(lam_logit.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlam
 
 
 def _save(ctx, inputs, output):
-    q, k, v, lam_logit, indices, counts, cu_q, cu_k, *ctx.options, save_noise, save_lse, _ = inputs
+    q, k, v, lam_logit, indices, counts, cu_q, cu_k, *options, save_noise, save_lse, hopper = inputs
+    ctx.options = *options, hopper
     if not save_lse or (lam_logit is not None and not save_noise):
         output = None
     ctx.saved = output is not None

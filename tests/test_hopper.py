@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffv2_sparse import diff_attention, ops
-from tests.oracle import qkv, random_selection
+from tests.oracle import forward_backward, qkv, random_selection
 from tests.test_kernels import (  # noqa: F401
     Kernels,
     _poison,
@@ -91,24 +91,26 @@ def test_grid_packed(D, block_m, block_n, device):
 
 @pytest.mark.parametrize("kind", ["selection", "window", "dense"])
 def test_sequences_do_not_meet(kind, kernels, device):
-    """What one packed sequence holds does not reach the others, not even NaN."""
+    """What one packed sequence holds does not reach the others, nor their gradients, not even NaN."""
     options, selection = packed_case(kind, device, block_m=64, block_n=kernels.block_n)
     q, k, v, lam = qkv(1, 100, 176, 4, 2, kernels.D, dtype=kernels.dtype, device=device)
-    clean, _ = kernels(selection, **options)(q, k, v, lam)
+    do = torch.randn(1, 100, 2, kernels.D, device=device)
+    clean = forward_backward(kernels(selection, **options), (q, k, v, lam), do)
     q[:, 33:34], k[:, 40:110], v[:, 40:110] = float("nan"), float("inf"), float("nan")  # the second sequence
-    o, _ = kernels(selection, **options)(q, k, v, lam)
-    assert torch.equal(o[:, :33], clean[:, :33])
-    assert torch.equal(o[:, 34:], clean[:, 34:])
+    got = forward_backward(kernels(selection, **options), (q, k, v, lam), do)
+    for i, first, last in ((0, 33, 34), (2, 33, 34), (3, 40, 110), (4, 40, 110)):  # o, dq, dk, dv
+        assert torch.equal(got[i][:, :first], clean[i][:, :first])
+        assert torch.equal(got[i][:, last:], clean[i][:, last:])
 
 
-def test_the_same_a_thousand_times(kernels, device):
-    selection = kernels.lists(1, 100, 200, 2, C=2, device=device)
+@pytest.mark.parametrize(("C", "block_m"), [(1, 16), (2, 16), (2, 2)])  # both classes at a consumer, apart, its own
+def test_the_same_a_thousand_times(C, block_m, kernels, device):
+    selection = kernels.lists(1, 100, 200, 2, C=C, block_m=block_m, device=device)
     inputs = kernels.inputs(1, 100, 200, 8, 2, device=device)
-    first, first_lse = kernels(selection)(*inputs)
+    do = torch.randn(1, kernels.tokens(100), 4, kernels.D, device=device)
+    first = forward_backward(kernels(selection), inputs, do)
     for _ in range(1000):
-        o, lse = kernels(selection)(*inputs)
-        assert torch.equal(o, first)
-        assert torch.equal(lse, first_lse)
+        assert all(torch.equal(x, y) for x, y in zip(forward_backward(kernels(selection), inputs, do), first))
 
 
 def test_lse_only_where_it_is_asked_for(kernels, device):

@@ -15,10 +15,9 @@ its softmax, the other's products run. In time, S logits, O weighted sum, ~ soft
     tensor cores     A  B     A  A  B  B  A  A  B  B  A  A  ...
 
 Registers decide the order of a step. Of a thread's 240, the sum takes 64, the logits 64 and the rounded weights 32, but
-the weights before they are rounded another 64. Left to itself the compiler rounds them late, after the next logits have
-been asked for, and spills. So weights cross the end of a step rounded, as pairs that fill a register (as single 16-bit
-values they would be packed again and again). And they are rounded after the wait for the sum that reads the pairs
-before: else the compiler waits for every single product, and says so (ptxas C7513).
+the weights before they are rounded another 64. So weights cross the end of a step rounded (see `operands.py`). And they
+are rounded after the wait for the sum that reads the pairs before: else the compiler waits for every single product,
+and says so (ptxas C7513).
 
 Signal and noise of a pair stand eight rows apart: the tensor cores give rows r and r + 8 to one thread, which subtracts
 without a message. Where each class has its own list and fills tiles alone, one launch computes the noise heads, and a
@@ -38,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..domain import Domain, Lists
 from ..primitives import LN2, LOG2E, sequence_of, softmax_step, strides_of, tile_of
 from ..tiles import fixed_packing, next_power_of_2
+from .operands import pack, unpack
 from .queries import CONSUMERS, ROWS, Form, Queries, outputs_of, rows_of, signal_and_noise
 from .ring import describe_blocks, fill, filled_tile, leave, new_ring
 from .walk import KEYS, begin_walk, bits_of, starts_of, unchosen_hidden, unseen_hidden
@@ -54,22 +54,6 @@ def _produce(k_source, v_source, k_ring, v_ring, walk, i_b, i_h, k0, Sk, form: g
             fill(k_ring, i + 1, k_source, following, i_b, i_h, k0, Sk, form)
         fill(v_ring, i, v_source, starts, i_b, i_h, k0, Sk, form)
         starts = following
-
-
-@gluon.jit
-def _pack(weights, dtype: gl.constexpr):
-    """Neighbours in one int32, `[ROWS, KEYS / 2]`, rounded to dtype."""
-    even, odd = weights.reshape([ROWS, KEYS // 2, 2]).split()
-    ROUND: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
-    return gl.inline_asm_elementwise(ROUND, "=r,r,r", [even, odd], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _unpack(pairs, dtype: gl.constexpr, layout: gl.constexpr):
-    """The weights again, `[ROWS, KEYS]`; costs no instruction."""
-    twice = gl.join(pairs, pairs).reshape([ROWS, KEYS])
-    weights = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [twice], dtype=dtype.value, is_pure=True, pack=2)
-    return gl.convert_layout(weights, layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -113,7 +97,7 @@ def _consume(consumer: gl.constexpr, queries, q_tiles, k_ring, v_ring, walk, for
     if form.MEMBERS:
         logits = unchosen_hidden(logits, bits, bit, key, form)
     weights, _decay, m, l = softmax_step(logits, m, l, queries.scale_log2, m, False)
-    pairs = _pack(weights, dtype)
+    pairs = pack(weights, dtype)
     for MASKED in gl.static_range(2):
         for i in range(gl.maximum(walk.clear, 1) if MASKED else 1, walk.tiles if MASKED else walk.clear):
             if MASKED:
@@ -123,7 +107,7 @@ def _consume(consumer: gl.constexpr, queries, q_tiles, k_ring, v_ring, walk, for
             k_tile = filled_tile(k_ring, i)
             logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
             v_tile = filled_tile(v_ring, i - 1)
-            acc = warpgroup_mma(_unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
+            acc = warpgroup_mma(unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
             logits = warpgroup_mma_wait(1, deps=(logits,))
             leave(k_ring, i)
             if MASKED:
@@ -133,10 +117,10 @@ def _consume(consumer: gl.constexpr, queries, q_tiles, k_ring, v_ring, walk, for
             step_weights, decay, m, l = softmax_step(logits, m, l, queries.scale_log2, m, False)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             leave(v_ring, i - 1)
-            pairs = _pack(step_weights, dtype)
+            pairs = pack(step_weights, dtype)
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
     v_tile = filled_tile(v_ring, walk.tiles - 1)
-    acc = warpgroup_mma(_unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
+    acc = warpgroup_mma(unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
 
     total = gl.where(l == 0.0, 1.0, l)  # a token that saw nothing: 0, and lse −inf
