@@ -29,6 +29,7 @@ from .generation import SharedCacheGeneration
 from .graphs import ModelGraphs, can_capture
 from .layers import RMSNorm, Rotary, SwiGLU, apply_rotary, rotary_angles
 from .layout import Following, Layout
+from .memory import ChunkMemory
 from .reading import Kept, Reading, locate
 from .retention import GatedRetention
 
@@ -211,14 +212,15 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         kept = Kept.of(layout, logits_to_keep)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -T:]
-        hidden, places = [], []
+        hidden, places, memory = [], [], ChunkMemory(cache.spec.device)
         with cache.transaction():
             for start in range(0, T, chunk_tokens):
                 chunk = slice(start, start + chunk_tokens)
-                own_mask = None if layout.index is None else attention_mask[:, chunk]
-                own = Layout.of(inputs[:, chunk], own_mask, cache.tokens)
-                positions, own_places = kept.within(own)
-                hidden.append(self._extend(self._embed(inputs[:, chunk]), own, cache, positions))
+                with memory.chunk(inputs[:, chunk].shape[1]):
+                    own_mask = None if layout.index is None else attention_mask[:, chunk]
+                    own = Layout.of(inputs[:, chunk], own_mask, cache.tokens)
+                    positions, own_places = kept.within(own)
+                    hidden.append(self._extend(self._embed(inputs[:, chunk]), own, cache, positions))
                 places.extend(own_places)
                 if progress is not None:
                     progress(min(start + chunk_tokens, T), T)
@@ -398,7 +400,9 @@ class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, SharedCacheGeneration, Ge
             logits `[B, K, vocab_size]` and the cache.
 
         Raises:
-            ValueError: as `forward`. Whatever is raised, a cache that was passed in stays as it was.
+            ValueError: as `forward`.
+            torch.OutOfMemoryError: a chunk did not fit; with a size to try. Whatever is raised, a cache that was passed
+                in stays as it was, so the call can be made again with smaller chunks.
         """
         hidden, cache = self.model.prefill(
             input_ids,
