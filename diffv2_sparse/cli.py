@@ -245,6 +245,13 @@ def niah(
         int | None,
         typer.Option(help="Key blocks each query reads in sparse modes.", show_default="the checkpoint's own"),
     ] = None,
+    share_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="The first of every so many cross-decoder layers chooses blocks for all.",
+            show_default="the checkpoint's own",
+        ),
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Prompts run together; less saves memory.", show_default="all trials of a cell")
     ] = None,
@@ -272,10 +279,13 @@ def niah(
 
         background = documentation("test") if haystack is None else text_from_path(haystack)
         lm, tokenizer = _load(model, _device(device))
+        for name, value in {"budget": budget, "share_layers": share_layers}.items():
+            if value is not None and not niah_answers.has_modes(lm):
+                raise ValueError(f"{name}: only a model with sparse modes has one; leave it out for this model")
         if budget is not None:
-            if not niah_answers.has_modes(lm):
-                raise ValueError("budget: only a model with sparse modes has one; leave it out for this model")
             lm.config.sparse_budget, lm.config.sparse_noise_budget = budget, None
+        if share_layers is not None:
+            lm.config.sparse_share_layers = share_layers
         with _progress_bar() as report:
             records = niah.evaluate(
                 lm,
@@ -296,6 +306,7 @@ def niah(
             checkpoint=model or "bundled",
             dtype=str(lm.dtype).removeprefix("torch."),
             sparse_budget=getattr(lm.config, "sparse_budget", None),
+            sparse_share_layers=getattr(lm.config, "sparse_share_layers", None),
             haystack=haystack or "CPython documentation, held-out topics",
             seed=seed,
             batch=batch or trials,

@@ -72,6 +72,16 @@ def test_niah_takes_a_haystack_a_budget_and_lengths_in_k(checkpoint, tmp_path):
     (record,) = kept["records"]
     assert record["context_tokens"] == 1024
     assert record["density"] == pytest.approx(4 * 32 / 1024)
+    assert kept["environment"]["sparse_share_layers"] == 1
+
+
+def test_niah_lets_layers_share_their_choice(checkpoint, tmp_path):
+    options = ("--lengths", "400", "--depths", "0", "--trials", "1", "--modes", "pair_mean", "--model", checkpoint)
+    assert run("niah", *options, "--share-layers", "2", "--output", tmp_path).exit_code == 0
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["environment"]["sparse_share_layers"] == 2
+    assert run("niah", *options, "--output", tmp_path).exit_code == 0  # another configuration: measured anew
+    assert len(list((tmp_path / "cells").iterdir())) == 2
 
 
 def test_niah_passes_every_option_on(checkpoint, tmp_path, monkeypatch):
@@ -150,6 +160,7 @@ def test_a_disk_that_fills_up_under_the_results_is_one_line_too(checkpoint, tmp_
         (("--model", "/nowhere/model"), "--model: found nothing at /nowhere/model"),
         (("--model", "runs/deep/model"), "--model: found nothing at runs/deep/model"),
         (("--budget", "1"), "budget: expected at least"),
+        (("--share-layers", "0"), "sparse_share_layers: expected an int ≥ 1, got 0"),
         (("--device", "teapot"), "--device: cannot use 'teapot'"),
         (("--output", "/dev/null/out"), "/dev/null/out"),
     ],

@@ -300,10 +300,11 @@ def test_options_and_weights_are_followed(device, counted):
     model = model_on(device, sparse_mode="pair_mean")
     twins = Twins(model, device)
     twins.decode(1, 1, 1)
-    for budget, mode in ((6, "pair_mean"), (6, "per_class"), (6, "dense")):
+    for budget, share_layers, mode in ((6, 1, "pair_mean"), (6, 2, "pair_mean"), (6, 2, "per_class"), (6, 2, "dense")):
         model.config.sparse_budget, model.config.sparse_mode = budget, mode
+        model.config.sparse_share_layers = share_layers
         twins.decode(1, 1, 1)
-    assert counted.captures == 4
+    assert counted.captures == 5
     weight = model.model.cross_layers[0].mixer.q_proj.weight
     weight.data = weight.data * 2  # elsewhere
     twins.decode(1, 1)
@@ -311,7 +312,7 @@ def test_options_and_weights_are_followed(device, counted):
     twins.decode(1)
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight * 2)
     twins.decode(1, 1)
-    assert counted.captures == 6
+    assert counted.captures == 7
 
 
 def test_wrong_calls_change_nothing(device, counted):

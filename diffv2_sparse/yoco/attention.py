@@ -8,6 +8,8 @@ checkpoints load.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from ..selectors import select_blocks
 from .configuration import DiffV2YocoConfig
 from .layers import Rotary, apply_rotary
 from .layout import Following, Layout, running_sum
-from .reading import FOLDED_TOKENS, Reading, Rows
+from .reading import FOLDED_TOKENS, Group, Reading, Rows
 
 
 class DiffV2Attention(nn.Module):
@@ -114,8 +116,15 @@ class CrossAttention(nn.Module):
         self.lambda_proj = nn.Linear(config.hidden_size, heads, bias=False)
 
     def forward(
-        self, hidden: Tensor, k: Tensor, v: Tensor, summaries: Tensor | None, rotary: Rotary, layout: Layout
-    ) -> Tensor:
+        self,
+        hidden: Tensor,
+        k: Tensor,
+        v: Tensor,
+        summaries: Tensor | None,
+        rotary: Rotary,
+        layout: Layout,
+        chosen: BlockSelection | None = None,
+    ) -> tuple[Tensor, BlockSelection | None]:
         """All tokens of all sequences at once, for training.
 
         Args:
@@ -123,55 +132,88 @@ class CrossAttention(nn.Module):
             k, v: the shared keys and values of the same tokens, `[B, T, H, D]`.
             summaries: of k, from `block_summaries`; None when the configuration is dense.
             rotary: angles of the tokens; unused when `cross_position` is "none".
+            chosen: the key blocks, where an earlier layer has chosen them.
+
+        Returns:
+            The output, and the key blocks; None when the configuration is dense.
         """
         q = self._queries(hidden, rotary)
+        if chosen is None and summaries is not None:
+            chosen = select_for_tokens(self.config, q, summaries, layout)
         o = diff_attention(
             q,
             k,
             v,
             self.lambda_proj(hidden),
-            None if summaries is None else select_for_tokens(self.config, q, summaries, layout),
+            chosen,
             backend=self.config.attn_backend,
             cu_seqlens_q=layout.cu_seqlens,
             cu_seqlens_k=layout.cu_seqlens,
         )
-        return self.o_proj(o.flatten(-2))
+        return self.o_proj(o.flatten(-2)), chosen
 
     def read(
-        self, hidden: Tensor, rotary: Rotary, cache: SharedKVCache, reading: Reading, held: RowLists | None
-    ) -> tuple[Tensor, RowLists | None]:
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        cache: SharedKVCache,
+        reading: Reading,
+        held: RowLists | None,
+        chosen: Choice | None = None,
+    ) -> tuple[Tensor, Choice]:
         """The tokens of `reading` over the shared cache, without gradients.
 
         Args:
             hidden: `[1, M, hidden_size]`.
             held: this layer's lists of the rows that were open when the call began.
-
-        Returns:
-            The output, and the lists of the rows that are open now.
+            chosen: what to read, where an earlier layer has chosen it.
         """
         q, lam_logit = self._queries(hidden, rotary)[0].to(cache.spec.dtype), self.lambda_proj(hidden)[0]
-        lists, out = None, []
-        if reading.rows is not None:
-            lists, held = select_for_rows(self.config, q, cache, reading.rows, held)
-        for group in reading.groups:
+        chosen, out = chosen or Choice.of(self.config, q, cache, reading, held), []
+        for group, selection in zip(reading.groups, chosen.selections):
             own_q, own_lam_logit = (x[group.tokens].unflatten(0, (-1, group.T)) for x in (q, lam_logit))
-            if lists is not None:  # each token with the list of its row; T is 1
-                own_lists = (x[group.tokens].unsqueeze(3) for x in lists)
-                selection = BlockSelection(*own_lists, block_m=1, block_n=self.config.sparse_block_n)
-            elif self.config.sparse_mode != "dense":
-                summaries = cache.full_summaries(group.sequence)
-                options = self.config.selection_options()
-                selection = select_blocks(own_q, summaries=summaries, key_tokens=group.lengths, **options)
-            else:
-                selection = None
             pages = cache.pages(group.sequence, group.lengths)
             o = diff_attention_paged(own_q, own_lam_logit, pages, selection, backend=self.config.attn_backend)
             out.append(o.flatten(0, 1))
-        return self.o_proj(torch.cat(out).flatten(-2))[None], held
+        return self.o_proj(torch.cat(out).flatten(-2))[None], chosen
 
     def _queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
         q = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
         return apply_rotary(q, rotary) if self.config.cross_position == "rope" else q
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the tokens of a reading attend to, by one layer's queries.
+
+    Attributes:
+        selections: of each of the reading's groups; None is everything.
+        open: the lists of the rows that are open at the end; None where rows have one token.
+    """
+
+    selections: tuple[BlockSelection | None, ...]
+    open: RowLists | None
+
+    @classmethod
+    def of(
+        cls, config: DiffV2YocoConfig, q: Tensor, cache: SharedKVCache, reading: Reading, held: RowLists | None
+    ) -> Choice:
+        """By q `[M, 2·HO, D]`; `held` as in `CrossAttention.read`."""
+        if config.sparse_mode == "dense":
+            return cls((None,) * len(reading.groups), held)
+        if reading.rows is None:
+            return cls(tuple(_select_for_group(config, q, cache, group) for group in reading.groups), held)
+        lists, held = select_for_rows(config, q, cache, reading.rows, held)
+        selections = []
+        for group in reading.groups:  # each token with the list of its row; T is 1
+            own = (x[group.tokens].unsqueeze(3) for x in lists)
+            selections.append(BlockSelection(*own, block_m=1, block_n=config.sparse_block_n))
+        return cls(tuple(selections), held)
+
+
+def _select_for_group(config: DiffV2YocoConfig, q: Tensor, cache: SharedKVCache, group: Group) -> BlockSelection:
+    own, summaries = q[group.tokens].unflatten(0, (-1, group.T)), cache.full_summaries(group.sequence)
+    return select_blocks(own, summaries=summaries, key_tokens=group.lengths, **config.selection_options())
 
 
 def select_for_tokens(config: DiffV2YocoConfig, q: Tensor, summaries: Tensor, layout: Layout) -> BlockSelection:

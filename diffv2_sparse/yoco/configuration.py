@@ -44,6 +44,8 @@ class DiffV2YocoConfig(PreTrainedConfig):
             the row's own.
         sparse_row_queries: "first": a row is scored by its first token. "all" is the same for rows of one token and
             refused for longer ones, where later tokens would choose for earlier ones.
+        sparse_share_layers: the first of every so many cross-decoder layers chooses the blocks for all of them; 1 is a
+            choice of each layer's own. Fewer choices, a little less accurate where the budget is small.
         attn_backend: passed to `diff_attention` and `diff_attention_paged`.
 
     Raises:
@@ -103,6 +105,7 @@ class DiffV2YocoConfig(PreTrainedConfig):
     sparse_sink_blocks: int = 1
     sparse_local_blocks: int = 2
     sparse_row_queries: str = "first"
+    sparse_share_layers: int = 1
     attn_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
@@ -151,6 +154,7 @@ class DiffV2YocoConfig(PreTrainedConfig):
         _expect("sparse_mode", self.sparse_mode, SPARSE_MODES)
         _expect("sparse_row_queries", self.sparse_row_queries, ("first", "all"))
         self._expect_ints(1, "sparse_budget", "sparse_block_m", "sparse_block_n", "sparse_local_blocks")
+        self._expect_ints(1, "sparse_share_layers")
         self._expect_ints(0, "sparse_sink_blocks")
         if self.sparse_noise_budget is not None:
             self._expect_ints(1, "sparse_noise_budget")
@@ -185,6 +189,10 @@ class DiffV2YocoConfig(PreTrainedConfig):
             "local_blocks": self.sparse_local_blocks,
             "row_queries": self.sparse_row_queries,
         }
+
+    def choice_options(self) -> dict:
+        """All that a choice of blocks depends on, to be compared with those of an earlier one."""
+        return self.selection_options() | {"share_layers": self.sparse_share_layers}
 
     def _expect_ints(self, least: int, *names: str) -> None:
         for name in names:

@@ -103,19 +103,16 @@ def step(model: DiffV2YocoModel, at: StepTensors) -> Tensor:
     if model.config.sparse_mode != "dense":
         summaries = at.table.summaries(slice(None), at.table.width)
     shared = SharedTensors(at.spec, at.table, summaries)
-    positions = following.positions.view(1, -1)
     everything = Reading(
         tokens=torch.arange(B * T, device=at.ids.device),
-        positions=positions,
+        positions=following.positions.view(1, -1),
         asked=None,
         groups=(Group(slice(None), T, slice(None), lengths),),
         rows=None,
     )
-    hidden, rotary = hidden.view(1, B * T, -1), model.rotary(positions)
-    for layer in model.cross_layers:
-        hidden, _ = layer.read(hidden, rotary, shared, everything, None)
+    hidden, _ = model.read(hidden.view(1, B * T, -1), shared, everything, (None,) * len(model.cross_layers))
     at.lengths.copy_(lengths)
-    return model.norm(hidden).view(B, T, -1)
+    return hidden.view(B, T, -1)
 
 
 class Captured:
@@ -179,7 +176,7 @@ class CacheGraphs:
 
     def step(self, model: DiffV2YocoModel, cache: SharedKVCache, tokens: int) -> StepGraph:
         config = model.config
-        options = {"at_home": cache.table.at_home, "backend": config.attn_backend, **config.selection_options()}
+        options = {"at_home": cache.table.at_home, "backend": config.attn_backend, **config.choice_options()}
         own = self.steps.get(tokens)
         if own is None or not own.is_valid(options):
             own = self.steps[tokens] = StepGraph(model, StepTensors.of(cache, tokens, self.states), options)

@@ -21,9 +21,10 @@ from transformers.utils import can_return_tuple
 
 from ..cache import CacheSpec, RowLists, SelfState, SharedKVCache
 from ..pages import sent
+from ..selection import BlockSelection
 from ..selectors import block_summaries
 from .arguments import check_labels, loss_arguments, tokens_or_embeddings
-from .attention import CrossAttention, DiffV2Attention
+from .attention import Choice, CrossAttention, DiffV2Attention
 from .configuration import DiffV2YocoConfig
 from .generation import SharedCacheGeneration
 from .graphs import ModelGraphs, can_capture
@@ -85,7 +86,9 @@ class SharedKV(nn.Module):
 
 
 class CrossDecoderLayer(GradientCheckpointingLayer):
-    """A layer of the second half. The shared k and v are arguments, so that checkpointed gradients reach them."""
+    """A layer of the second half. The shared k and v are arguments, so that checkpointed gradients reach them, and so
+    are the blocks that an earlier layer has chosen, so that a checkpoint reads the same ones when it runs again.
+    """
 
     def __init__(self, config: DiffV2YocoConfig):
         super().__init__()
@@ -95,18 +98,32 @@ class CrossDecoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, k: Tensor, v: Tensor, summaries: Tensor | None, rotary: Rotary, layout: Layout
-    ) -> Tensor:
-        hidden = hidden + self.mixer(self.mixer_norm(hidden), k, v, summaries, rotary, layout)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        self,
+        hidden: Tensor,
+        k: Tensor,
+        v: Tensor,
+        summaries: Tensor | None,
+        rotary: Rotary,
+        layout: Layout,
+        chosen: BlockSelection | None,
+    ) -> tuple[Tensor, BlockSelection | None]:
+        mixed, chosen = self.mixer(self.mixer_norm(hidden), k, v, summaries, rotary, layout, chosen)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.mlp_norm(hidden)), chosen
 
     def read(
-        self, hidden: Tensor, rotary: Rotary, cache: SharedKVCache, reading: Reading, held: RowLists | None
-    ) -> tuple[Tensor, RowLists | None]:
-        """`forward` for the tokens of `reading`, over the shared cache; also the lists of the rows that stay open."""
-        mixed, held = self.mixer.read(self.mixer_norm(hidden), rotary, cache, reading, held)
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        cache: SharedKVCache,
+        reading: Reading,
+        held: RowLists | None,
+        chosen: Choice | None,
+    ) -> tuple[Tensor, Choice]:
+        """`forward` for the tokens of `reading`, over the shared cache."""
+        mixed, chosen = self.mixer.read(self.mixer_norm(hidden), rotary, cache, reading, held, chosen)
         hidden = hidden + mixed
-        return hidden + self.mlp(self.mlp_norm(hidden)), held
+        return hidden + self.mlp(self.mlp_norm(hidden)), chosen
 
 
 class DiffV2YocoPreTrainedModel(PreTrainedModel):
@@ -180,9 +197,25 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         summaries = None
         if self.config.sparse_mode != "dense":
             summaries = block_summaries(k.detach(), self.config.sparse_block_n, layout.cu_seqlens)
-        for layer in self.cross_layers:
-            hidden = layer(hidden, k, v, summaries, rotary, layout)
+        for i, layer in enumerate(self.cross_layers):
+            if i % self.config.sparse_share_layers == 0:
+                chosen = None
+            hidden, chosen = layer(hidden, k, v, summaries, rotary, layout, chosen)
         return self.norm(hidden)
+
+    def read(
+        self, hidden: Tensor, cache: SharedKVCache, reading: Reading, held: Sequence[RowLists | None]
+    ) -> tuple[Tensor, tuple[RowLists | None, ...]]:
+        """The cross-decoder over the shared cache, for the tokens of `reading`, `[1, M, hidden_size]`; `held` and the
+        second result are each layer's lists of the rows that are open, before and after.
+        """
+        rotary, open_rows = self.rotary(reading.positions), []
+        for i, (layer, rows) in enumerate(zip(self.cross_layers, held)):
+            if i % self.config.sparse_share_layers == 0:
+                chosen = None
+            hidden, chosen = layer.read(hidden, rotary, cache, reading, rows, chosen)
+            open_rows.append(chosen.open)
+        return self.norm(hidden), tuple(open_rows)
 
     @torch.no_grad()
     def prefill(
@@ -256,16 +289,12 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         choice, block_m = {}, 1
         if self.config.sparse_mode != "dense" and self.config.sparse_block_m > 1:
             block_m = self.config.sparse_block_m
-            choice = self.config.selection_options()
+            choice = self.config.choice_options()
             cache.check_held(choice, block_m, layout.starts)
         reading = Reading.of(layout, asked, block_m)
         held = cache.held if choice == cache.held_choice else (None,) * len(self.cross_layers)  # then no row is open
         if reading.tokens.shape[0]:
-            hidden, rotary, open_rows = hidden.flatten(0, 1)[reading.tokens][None], self.rotary(reading.positions), []
-            for layer, rows in zip(self.cross_layers, held):
-                hidden, rows = layer.read(hidden, rotary, cache, reading, rows)
-                open_rows.append(rows)
-            hidden, held = self.norm(hidden)[0], tuple(open_rows)
+            (hidden,), held = self.read(hidden.flatten(0, 1)[reading.tokens][None], cache, reading, held)
         else:
             hidden = hidden.new_zeros(0, hidden.shape[-1])
         cache.held, cache.held_choice = held, choice
