@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from .cache_spec import CacheSpec, RetentionState, RowLists, SelfState, WindowState
+from .offload import RESIDENT_BLOCKS, OffloadedPool, selected_pages
 from .pages import PagedKV, PagePool, PageTable, sent
+from .selection import BlockSelection
 
 __all__ = ["CacheSpec", "PagedKV", "RetentionState", "RowLists", "SelfState", "SharedKVCache", "WindowState"]
 
@@ -37,12 +39,16 @@ class SharedKVCache:
         blocks: key blocks in the pool, each a page of every KV head; by default enough for all sequences at capacity.
             Fewer will do where sequences share their prompts or are not all long.
         max_rollback: tokens that `truncate` can take back.
+        offload: "cpu" keeps the pages in the host's memory and fetches those that sparse attention chooses (see
+            offload.py); None keeps all on the device.
+        resident_blocks: with `offload`, key blocks that the device has room for, to be read in one call and kept for
+            the next; by default RESIDENT_BLOCKS per sequence and cross-decoder layer.
 
     Attributes:
         lengths: int32 `[B]` on the device, tokens of each sequence (padding does not count).
         tokens: the same numbers on the host.
         columns: columns of the padded batches read so far, padding included.
-        k_pages, v_pages: `[P, block_n, D]`.
+        k_pages, v_pages: `[P, block_n, D]`; on the host with `offload`.
         page_table: int32 `[B, H, NP]`.
         states: the self-decoder's state, one per layer.
         held: per cross-decoder layer, the list of each sequence's open row, which later tokens will finish; None while
@@ -52,13 +58,22 @@ class SharedKVCache:
         addresses: how often tensors have moved.
 
     Raises:
-        ValueError: batch_size, capacity or blocks is not positive, or max_rollback negative.
+        ValueError: batch_size, capacity, blocks or resident_blocks is not positive, max_rollback negative, an offload
+            to anything but "cpu", or resident_blocks without it.
     """
 
     is_compileable = False  # read by `generate`
 
     def __init__(
-        self, spec: CacheSpec, batch_size: int, capacity: int, *, blocks: int | None = None, max_rollback: int = 0
+        self,
+        spec: CacheSpec,
+        batch_size: int,
+        capacity: int,
+        *,
+        blocks: int | None = None,
+        max_rollback: int = 0,
+        offload: str | None = None,
+        resident_blocks: int | None = None,
     ):
         _check_positive(batch_size=batch_size, capacity=capacity)
         NP = -(-capacity // spec.block_n)
@@ -66,8 +81,19 @@ class SharedKVCache:
         _check_positive(blocks=blocks)
         if type(max_rollback) is not int or max_rollback < 0:
             raise ValueError(f"max_rollback: expected an int ≥ 0, got {max_rollback!r}")
-        self.spec, self.capacity, self.max_rollback = spec, capacity, max_rollback
-        self.pool = PagePool(blocks, spec.kv_heads, spec.block_n, spec.head_dim, spec.dtype, spec.device)
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload: expected 'cpu' or None, got {offload!r}")
+        if offload is None and resident_blocks is not None:
+            raise ValueError(f"resident_blocks: expected None without offload, got {resident_blocks!r}")
+        self.spec, self.capacity, self.max_rollback, self.offload = spec, capacity, max_rollback, offload
+        pages = blocks, spec.kv_heads, spec.block_n, spec.head_dim, spec.dtype, spec.device
+        if offload is None:
+            self.pool = PagePool(*pages)
+        else:
+            if resident_blocks is None:
+                resident_blocks = RESIDENT_BLOCKS * batch_size * spec.cross_layers
+            _check_positive(resident_blocks=resident_blocks)
+            self.pool = OffloadedPool(*pages, resident_blocks)
         self.table = PageTable(self.pool, batch_size, NP)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=spec.device)
         self.tokens = self.floors = (0,) * batch_size
@@ -171,9 +197,8 @@ class SharedKVCache:
         self.check_room(counts)
         if sum(counts):
             self.table.extend(self.tokens, counts)
-            self.pool.write(k, v, self.table.locate(sequence, position), position % self.spec.block_n)
-            if filled := self.table.filled(self.tokens, counts):
-                self.pool.summarise(self._sent(filled, torch.long))
+            block, slot = self.table.locate(sequence, position), position % self.spec.block_n
+            self.pool.append(k, v, block, slot, *self.table.written(self.tokens, counts))
             self.lengths += self._sent(counts)
         self._count(counts, columns)
 
@@ -197,11 +222,36 @@ class SharedKVCache:
 
     # What attention reads
 
-    def pages(self, sequence: Tensor | slice = slice(None), lengths: Tensor | None = None) -> PagedKV:
-        """The pages of some sequences, as many as the longest uses; `lengths` int32 stands in for their own."""
+    def pages(
+        self,
+        sequence: Tensor | slice = slice(None),
+        lengths: Tensor | None = None,
+        selection: BlockSelection | None = None,
+    ) -> PagedKV:
+        """The pages of some sequences, as many as the longest uses; `lengths` int32 stands in for their own.
+
+        Args:
+            selection: what will be read; with `offload` only that is there, until the next call.
+
+        Raises:
+            ValueError: with `offload`, no selection, or more pages than there is room for.
+        """
         used = -(-max(self.tokens) // self.spec.block_n)
         lengths = self.lengths[sequence] if lengths is None else lengths
-        return PagedKV(self.k_pages, self.v_pages, self.page_table[sequence, :, :used], lengths)
+        table = self.page_table[sequence, :, :used]
+        if self.offload is None:
+            return PagedKV(self.k_pages, self.v_pages, table, lengths)
+        self.check_sparse(selection is not None)
+        self.pool.fetch(selected_pages(table, selection))
+        return PagedKV(self.pool.k_slots, self.pool.v_slots, self.pool.slots(table), lengths)
+
+    def check_sparse(self, sparse: bool) -> None:
+        """Raises ValueError where dense attention would need pages that are not on the device."""
+        if self.offload is not None and not sparse:
+            raise ValueError(
+                "cache: expected sparse attention over a cache with offload, got dense, which needs every page on the "
+                "device; set sparse_mode, or make the cache without offload"
+            )
 
     def full_summaries(self, sequence: Tensor | slice = slice(None)) -> Tensor:
         """The summaries of some sequences, `[b, NC, H, D]`, as many as the longest sequence has. A view while no

@@ -59,8 +59,8 @@ class PagePool:
     def __init__(
         self, blocks: int, kv_heads: int, block_n: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ):
-        self.k_pages = torch.zeros(blocks * kv_heads, block_n, head_dim, dtype=dtype, device=device)
-        self.v_pages = torch.zeros_like(self.k_pages)
+        shape = blocks * kv_heads, block_n, head_dim
+        self.k_pages, self.v_pages = (self._new_pages(*shape, dtype, device) for _ in range(2))
         self.summaries = torch.zeros(blocks, kv_heads, head_dim, dtype=dtype, device=device)
         self.holders = [0] * blocks
         self.free = dict.fromkeys(range(blocks))
@@ -113,6 +113,26 @@ class PagePool:
         for pages in (self.k_pages, self.v_pages):
             pages[copied] = pages[origin]
 
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        block: Tensor,
+        slot: Tensor,
+        open_: Sequence[int],
+        new: Sequence[int],
+        full: Sequence[int],
+    ) -> None:
+        """`write` for the next tokens of some sequences, and the summaries of the blocks that become full.
+
+        Args:
+            open_, new: the blocks written to: those that hold tokens already, and the others.
+            full: those of them that become full.
+        """
+        self.write(k, v, block, slot)
+        if full:
+            self.summarise(sent(full, torch.long, self.summaries.device))
+
     def write(self, k: Tensor, v: Tensor, block: Tensor, slot: Tensor) -> None:
         """Writes k and v `[N, H, D]` to slots int64 `[N]` of blocks int64 `[N]`."""
         page = block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)
@@ -134,10 +154,16 @@ class PagePool:
             return
         self.free |= dict.fromkeys(range(len(self.holders), blocks))
         self.holders += [0] * more
-        for name, rows in (("k_pages", more * self.kv_heads), ("v_pages", more * self.kv_heads), ("summaries", more)):
+        for name in ("k_pages", "v_pages"):
             x = getattr(self, name)
-            setattr(self, name, torch.cat([x, x.new_zeros(rows, *x.shape[1:])]))
+            pages = self._new_pages(len(self.holders) * self.kv_heads, *x.shape[1:], x.dtype, self.summaries.device)
+            pages[: len(x)] = x
+            setattr(self, name, pages)
+        self.summaries = torch.cat([self.summaries, self.summaries.new_zeros(more, *self.summaries.shape[1:])])
         self.moves += 1
+
+    def _new_pages(self, pages: int, block_n: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(pages, block_n, head_dim, dtype=dtype, device=device)
 
     def _pages(self, block: Tensor) -> Tensor:
         return (block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)).flatten()
@@ -157,7 +183,7 @@ class PageTable:
     """
 
     def __init__(self, pool: PagePool, batch_size: int, width: int):
-        device = pool.k_pages.device
+        device = pool.summaries.device
         self.pool, self.at_home = pool, True
         self.blocks: list[list[int]] = [[] for _ in range(batch_size)]
         self.pages = torch.zeros(batch_size, pool.kv_heads, width, dtype=torch.int32, device=device)
@@ -204,12 +230,19 @@ class PageTable:
         """The blocks of tokens, int64, from sequences and positions of one shape, which `extend` made room for."""
         return self.numbers[sequence, position // self.pool.block_n]
 
-    def filled(self, tokens: Sequence[int], counts: Sequence[int]) -> list[int]:
-        """The blocks that become full."""
-        block_n, blocks = self.pool.block_n, []
+    def written(self, tokens: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """The blocks that `counts[b]` tokens after `tokens[b]` go to: those that are open, new ones, and which of both
+        become full.
+        """
+        block_n, open_, new, full = self.pool.block_n, [], [], []
         for own, start, count in zip(self.blocks, tokens, counts):
-            blocks += own[start // block_n : (start + count) // block_n]
-        return blocks
+            end = start + count
+            begun = -(-start // block_n)
+            if count:
+                open_ += own[start // block_n : begun]
+                new += own[begun : -(-end // block_n)]
+                full += own[start // block_n : end // block_n]
+        return open_, new, full
 
     def cut(self, tokens: Sequence[int]) -> None:
         """Gives back what lies beyond `tokens[b]` of each sequence."""

@@ -168,12 +168,13 @@ def test_what_is_captured(monkeypatch):
     cuda = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
-    def allowed(tokens=1, max_rollback=0, dtype=torch.bfloat16, held_choice=(), device=cuda, **changes):
+    def allowed(tokens=1, max_rollback=0, dtype=torch.bfloat16, held_choice=(), device=cuda, offload=None, **changes):
         weight = SimpleNamespace(weight=SimpleNamespace(device=device))
         model = SimpleNamespace(config=tiny_config(**changes), embed_tokens=weight, norm=weight)
         k_pages = SimpleNamespace(dtype=dtype, shape=(9, 4, 8), is_cuda=device.type == "cuda")
         spec = SimpleNamespace(device=device)
         cache = SimpleNamespace(spec=spec, max_rollback=max_rollback, held_choice=held_choice, k_pages=k_pages)
+        cache.offload = offload
         return can_capture(model, cache, tokens)
 
     assert allowed()
@@ -182,6 +183,7 @@ def test_what_is_captured(monkeypatch):
     assert allowed(tokens=3, max_rollback=2)
     assert not allowed(dtype=torch.float64)
     assert not allowed(held_choice={"block_m": 3})
+    assert not allowed(offload="cpu")
     assert not allowed(sparse_mode="pair_mean", sparse_block_m=3)
     assert allowed(sparse_mode="dense", sparse_block_m=3)
     assert allowed(attn_backend="triton")

@@ -172,7 +172,7 @@ class CrossAttention(nn.Module):
         chosen, out = chosen or Choice.of(self.config, q, cache, reading, held), []
         for group, selection in zip(reading.groups, chosen.selections):
             own_q, own_lam_logit = (x[group.tokens].unflatten(0, (-1, group.T)) for x in (q, lam_logit))
-            pages = cache.pages(group.sequence, group.lengths)
+            pages = cache.pages(group.sequence, group.lengths, selection)
             o = diff_attention_paged(own_q, own_lam_logit, pages, selection, backend=self.config.attn_backend)
             out.append(o.flatten(0, 1))
         return self.o_proj(torch.cat(out).flatten(-2))[None], chosen

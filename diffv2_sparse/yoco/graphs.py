@@ -22,6 +22,7 @@ from torch import Tensor
 from ..cache import CacheSpec, PagedKV, SelfState, SharedKVCache
 from ..ops import obstacle
 from ..pages import PageTable
+from ..selection import BlockSelection
 from .layout import Following
 from .reading import Group, Reading
 
@@ -68,7 +69,7 @@ class SharedTensors:
     table: PageTable
     summaries: Tensor | None
 
-    def pages(self, sequence: slice, lengths: Tensor) -> PagedKV:
+    def pages(self, sequence: slice, lengths: Tensor, selection: BlockSelection | None) -> PagedKV:
         pool = self.table.pool
         return PagedKV(pool.k_pages, pool.v_pages, self.table.pages[sequence], lengths)
 
@@ -217,11 +218,13 @@ class ModelGraphs:
 
 def can_capture(model: DiffV2YocoModel, cache: SharedKVCache, tokens: int) -> bool:
     """Whether a call with so many tokens of every sequence can be a graph: on CUDA, with kernels that never wait for
-    the device, where each token chooses its own blocks, and no more tokens than the states can take at once.
+    the device, where each token chooses its own blocks, no more tokens than the states can take at once, and all pages
+    on the device.
     """
     config, spec = model.config, cache.spec
     return (
         spec.device.type == "cuda"
+        and cache.offload is None  # fetching asks the host
         and tokens <= cache.max_rollback + 1
         and (config.sparse_mode == "dense" or config.sparse_block_m == 1)
         and not cache.held_choice  # longer rows are still open

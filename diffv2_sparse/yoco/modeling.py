@@ -243,6 +243,7 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         layout = Layout.of(inputs, attention_mask, cache.tokens)
         cache.check_room(layout.counts)
         kept = Kept.of(layout, logits_to_keep)
+        cache.check_sparse(self.config.sparse_mode != "dense" or not any(map(len, kept.positions)))
         if attention_mask is not None:
             attention_mask = attention_mask[:, -T:]
         hidden, places, memory = [], [], ChunkMemory(cache.spec.device)
@@ -301,10 +302,31 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         return hidden if reading.asked is None else hidden[reading.asked]
 
     def new_cache(
-        self, batch_size: int, capacity: int, *, blocks: int | None = None, max_rollback: int = 0
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        blocks: int | None = None,
+        max_rollback: int = 0,
+        offload: str | None = None,
+        resident_blocks: int | None = None,
     ) -> SharedKVCache:
         """As `DiffV2YocoForCausalLM.new_cache`."""
-        return SharedKVCache(self.cache_spec(), batch_size, capacity, blocks=blocks, max_rollback=max_rollback)
+        if offload is not None and resident_blocks is None:
+            resident_blocks = batch_size * self._resident_blocks(max_rollback)
+        sizes = {"blocks": blocks, "max_rollback": max_rollback}
+        return SharedKVCache(
+            self.cache_spec(), batch_size, capacity, **sizes, offload=offload, resident_blocks=resident_blocks
+        )
+
+    def _resident_blocks(self, max_rollback: int) -> int:
+        """Blocks on the lists of one sequence in a step: of every layer that chooses, and of what one call reads."""
+        config = self.config
+        blocks = config.sparse_budget
+        if config.sparse_mode == "per_class":
+            blocks += config.sparse_noise_budget or config.sparse_budget
+        choices = -(-len(self.cross_layers) // config.sparse_share_layers)
+        return blocks * max(choices, 1 + max_rollback, 3)  # 3: a token, its row's first and the open row's first
 
     def cache_spec(self) -> CacheSpec:
         config, weight = self.config, self.shared_kv.k_proj.weight
@@ -458,7 +480,17 @@ class DiffV2YocoForCausalLM(DiffV2YocoPreTrainedModel, SharedCacheGeneration, Ge
         return self.lm_head(self.model.decode(input_ids, cache, use_graphs=use_graphs))
 
     def new_cache(
-        self, batch_size: int, capacity: int, *, blocks: int | None = None, max_rollback: int = 0
+        self,
+        batch_size: int,
+        capacity: int,
+        *,
+        blocks: int | None = None,
+        max_rollback: int = 0,
+        offload: str | None = None,
+        resident_blocks: int | None = None,
     ) -> SharedKVCache:
-        """An empty cache in the model's dtype and on its device; arguments as `SharedKVCache`."""
-        return self.model.new_cache(batch_size, capacity, blocks=blocks, max_rollback=max_rollback)
+        """An empty cache in the model's dtype and on its device; arguments as `SharedKVCache`, but that by default the
+        lists of all layers that choose blocks are resident.
+        """
+        sizes = {"blocks": blocks, "max_rollback": max_rollback}
+        return self.model.new_cache(batch_size, capacity, **sizes, offload=offload, resident_blocks=resident_blocks)
