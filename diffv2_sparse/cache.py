@@ -5,7 +5,7 @@ Keys and values are **paged and head-major**: a page is one key block of one KV 
 names are pages. The self-decoder's state is bounded, whatever the length: per layer a ring of keys, or the memory of
 gated retention; both reach back `max_rollback` tokens further than the next token needs, so that cutting a sequence
 short changes its length alone. Pages are written only beyond `lengths` and states are replaced, never changed, so a
-failed call is undone by taking the old numbers back.
+failed call is undone by taking the old numbers back. With `offload` the pages live on the host (offload.py).
 
 `lengths` and `page_table` are changed in place, so that a CUDA graph that has captured them reads what is true when it
 is replayed. They and the pages move to other memory only in `grow` and where the batch size changes; `addresses` counts

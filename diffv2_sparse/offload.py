@@ -87,7 +87,14 @@ class OffloadedPool(PagePool):
     # Writing
 
     def append(
-        self, k: Tensor, v: Tensor, block: Tensor, slot: Tensor, open_: Sequence[int], new: Sequence[int], full
+        self,
+        k: Tensor,
+        v: Tensor,
+        block: Tensor,
+        slot: Tensor,
+        open_: Sequence[int],
+        new: Sequence[int],
+        full: Sequence[int],
     ) -> None:
         H, touched = self.kv_heads, [*open_, *new]
         stage = PagePool(len(touched), H, *self.k_slots.shape[1:], self.k_slots.dtype, self._device)
@@ -99,9 +106,9 @@ class OffloadedPool(PagePool):
         place[touched_] = torch.arange(len(touched), device=self._device)
         stage.write(k, v, place[block], slot)
         if full:
-            full = sent(full, torch.long, self._device)
-            stage.summarise(place[full])
-            self.summaries[full] = stage.summaries[place[full]]
+            full_ = sent(full, torch.long, self._device)
+            stage.summarise(place[full_])
+            self.summaries[full_] = stage.summaries[place[full_]]
         slots = self.slot_of[self._pages(touched_)].long()  # −1, the last, where there is none
         for pages, resident, own in (
             (self.k_pages, self.k_slots, stage.k_pages),

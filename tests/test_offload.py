@@ -14,6 +14,7 @@ from hypothesis.stateful import initialize, invariant, rule
 from diffv2_sparse import BlockSelection, diff_attention_paged, offload
 from diffv2_sparse.cache import PagedKV, SharedKVCache
 from diffv2_sparse.offload import OffloadedPool, selected_pages
+from diffv2_sparse.yoco.layout import spans
 from tests.test_cache import assert_same, contents, snapshot
 from tests.test_cache_sharing import BLOCK_N, CAPACITY, ROLLBACK, D, H, Operations, append, fresh, spec
 from tests.tiny_yoco import VOCAB, ragged_tokens, tiny_model
@@ -263,6 +264,23 @@ def test_a_failed_fetch_leaves_nothing_wrong(monkeypatch):
                 model.decode(tokens[:, 40:41], cache)
         assert_same(before, snapshot(cache))
     assert torch.equal(model.decode(tokens[:, 40:], cache), model.decode(tokens[:, 40:], plain))
+
+
+def test_kernels_read_slots_as_they_read_pages():
+    pytest.importorskip("triton")
+    cache = SharedKVCache(spec(head_dim=16), 2, CAPACITY, offload="cpu", resident_blocks=5)
+    counts = (18, 11)
+    k = torch.randn(sum(counts), H, 16)
+    cache.append(k, -k, *spans(counts, (0, 0), torch.device("cpu")), counts, 18)
+    q, lam_logit = torch.randn(2, 1, 8, 16), torch.randn(2, 1, 4)
+    plain = PagedKV(cache.k_pages, cache.v_pages, cache.page_table, cache.lengths)
+    for lists in ([[0, 2, 4], [1, 2, 0]], [[1, 3, 4], [0, 2, 0]]):
+        indices = torch.tensor(lists, dtype=torch.int32).view(2, 1, 1, 1, 3).expand(2, 1, H, 1, 3).contiguous()
+        n = torch.tensor([3, 2], dtype=torch.int32).view(2, 1, 1, 1).expand(2, 1, H, 1).contiguous()
+        selection = BlockSelection(indices, n, 1, BLOCK_N)
+        pages = cache.pages(selection=selection)
+        o, expected = (diff_attention_paged(q, lam_logit, x, selection, backend="triton") for x in (pages, plain))
+        assert torch.equal(o, expected)
 
 
 def test_a_copy_leaves_no_old_page_in_its_slot(monkeypatch):
