@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffv2_sparse import diff_attention
 from diffv2_sparse.yoco import DiffV2Attention, DiffV2YocoConfig
+from diffv2_sparse.yoco.decoder import SelfDecoderLayer
 from diffv2_sparse.yoco.layers import rotary_angles
-from diffv2_sparse.yoco.modeling import SelfDecoderLayer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # scripts import their neighbours
 

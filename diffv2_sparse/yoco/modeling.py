@@ -2,9 +2,9 @@
 
     h = embed(tokens);  h = self_layers(h);  k, v = shared_kv(h);  h = cross_layers(h, k, v);  logits = lm_head(norm(h))
 
-Every layer is x + mixer(norm(x)), then x + mlp(norm(x)). Only the self-decoder must see a whole prompt: the
-cross-decoder runs for the positions whose logits are asked for. `forward` computes all positions at once and carries
-gradients; `prefill` and `decode` go through a cache and do not. Source: YOCO, arXiv 2405.05254.
+Its layers are in decoder.py. Only the self-decoder must see a whole prompt: the cross-decoder runs for the positions
+whose logits are asked for. `forward` computes all positions at once and carries gradients; `prefill` and `decode` go
+through a cache and do not. Source: YOCO, arXiv 2405.05254.
 """
 
 from __future__ import annotations
@@ -15,115 +15,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..cache import CacheSpec, RowLists, SelfState, SharedKVCache
+from ..cache import CacheSpec, RowLists, SharedKVCache
 from ..pages import sent
-from ..selection import BlockSelection
 from ..selectors import block_summaries
 from .arguments import check_labels, loss_arguments, tokens_or_embeddings
-from .attention import Choice, CrossAttention, DiffV2Attention
 from .configuration import DiffV2YocoConfig
+from .decoder import CrossDecoderLayer, SelfDecoderLayer, SharedKV
 from .generation import SharedCacheGeneration
 from .graphs import ModelGraphs, can_capture
-from .layers import RMSNorm, Rotary, SwiGLU, apply_rotary, rotary_angles
-from .layout import Following, Layout
+from .layers import RMSNorm, Rotary, rotary_angles
+from .layout import Layout
 from .memory import ChunkMemory
 from .reading import Kept, Reading, locate
-from .retention import GatedRetention
 
 CHUNK_TOKENS = 4096  # columns of a prompt that `prefill` reads at once
-
-
-class SelfDecoderLayer(GradientCheckpointingLayer):
-    """A layer of the first half: sliding-window DIFF V2 attention or gated retention, then the feed-forward."""
-
-    def __init__(self, config: DiffV2YocoConfig):
-        super().__init__()
-        if config.self_decoder == "sliding_window":
-            self.mixer = DiffV2Attention(config, window=config.sliding_window)
-        else:
-            self.mixer = GatedRetention(config)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, hidden: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
-        hidden = hidden + self.mixer(self.mixer_norm(hidden), rotary, layout)
-        return hidden + self.mlp(self.mlp_norm(hidden))
-
-    def extend(self, hidden: Tensor, rotary: Rotary, layout: Layout, state: SelfState) -> tuple[Tensor, SelfState]:
-        """`forward` for tokens that follow those in `state`; returns the output and the state after these tokens."""
-        mixed, state = self.mixer.extend(self.mixer_norm(hidden), rotary, layout, state)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.mlp_norm(hidden)), state
-
-    def step(self, hidden: Tensor, rotary: Rotary, following: Following, state: SelfState) -> Tensor:
-        """`extend` for few tokens, which changes `state` in place."""
-        hidden = hidden + self.mixer.step(self.mixer_norm(hidden), rotary, following, state)
-        return hidden + self.mlp(self.mlp_norm(hidden))
-
-
-class SharedKV(nn.Module):
-    """The one key/value projection: `[B, T, hidden_size]` → k, v `[B, T, H, D]`, keys turned by their absolute
-    positions.
-    """
-
-    def __init__(self, config: DiffV2YocoConfig):
-        super().__init__()
-        self.config = config
-        size = config.num_key_value_heads * config.head_dim
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.k_proj = nn.Linear(config.hidden_size, size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, size, bias=False)
-
-    def forward(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        hidden = self.norm(hidden)
-        k, v = (p(hidden).unflatten(-1, (-1, self.config.head_dim)) for p in (self.k_proj, self.v_proj))
-        return (apply_rotary(k, rotary) if self.config.cross_position == "rope" else k), v
-
-
-class CrossDecoderLayer(GradientCheckpointingLayer):
-    """A layer of the second half. The shared k and v are arguments, so that checkpointed gradients reach them, and so
-    are the blocks that an earlier layer has chosen, so that a checkpoint reads the same ones when it runs again.
-    """
-
-    def __init__(self, config: DiffV2YocoConfig):
-        super().__init__()
-        self.mixer = CrossAttention(config)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        k: Tensor,
-        v: Tensor,
-        summaries: Tensor | None,
-        rotary: Rotary,
-        layout: Layout,
-        chosen: BlockSelection | None,
-    ) -> tuple[Tensor, BlockSelection | None]:
-        mixed, chosen = self.mixer(self.mixer_norm(hidden), k, v, summaries, rotary, layout, chosen)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.mlp_norm(hidden)), chosen
-
-    def read(
-        self,
-        hidden: Tensor,
-        rotary: Rotary,
-        cache: SharedKVCache,
-        reading: Reading,
-        held: RowLists | None,
-        chosen: Choice | None,
-    ) -> tuple[Tensor, Choice]:
-        """`forward` for the tokens of `reading`, over the shared cache."""
-        mixed, chosen = self.mixer.read(self.mixer_norm(hidden), rotary, cache, reading, held, chosen)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.mlp_norm(hidden)), chosen
 
 
 class DiffV2YocoPreTrainedModel(PreTrainedModel):
