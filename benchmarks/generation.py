@@ -18,7 +18,6 @@ benchmarks/results/generation_MACHINE.json after each group.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import sys
@@ -299,15 +298,9 @@ class Problem:
     def _as_called(self, attention: str, backend: str, use_graphs: bool) -> Run:
         model, cache, ids = self.models.yoco, self.cache, self.ids
         mode = "dense" if attention == "dense" else self.sizes.sparsity.config()["sparse_mode"]
-        paged = model.config
-        if backend == "xformers":  # for the cross-decoder alone: windows are not paged
-            paged = copy.copy(model.config)
-            paged.attn_backend = backend
 
         def step() -> Tensor:
-            model.config.sparse_mode = mode
-            for layer in model.model.cross_layers:
-                layer.mixer.config = paged
+            model.config.sparse_mode, model.config.paged_backend = mode, backend
             return decode_step(model, cache, ids, use_graphs)
 
         return step

@@ -205,7 +205,7 @@ def test_a_model_that_makes_graphs_is_called_as_it_is(monkeypatch):
     model, called = problem.models.yoco, []
 
     def decode(ids, cache, *, use_graphs=True):
-        called.append((use_graphs, model.config.sparse_mode, model.model.cross_layers[0].mixer.config.attn_backend))
+        called.append((use_graphs, model.config.sparse_mode, model.config.paged_backend))
 
     monkeypatch.setattr(model, "decode", decode)
     monkeypatch.setattr(generation, "makes_graphs", lambda model: True)

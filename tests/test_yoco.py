@@ -296,6 +296,7 @@ def test_dtypes_and_autocast(self_decoder, dtype):
         ({"sparse_noise_budget": 6.0}, "sparse_noise_budget: expected an int ≥ 1, got 6.0"),
         ({"sparse_noise_budget": True}, "sparse_noise_budget: expected an int ≥ 1, got True"),
         ({"num_key_value_heads": True}, "num_key_value_heads: expected an int ≥ 1, got True"),
+        ({"paged_backend": "flex"}, "paged_backend: expected one of .*'xformers'.* got 'flex'"),
         ({"attn_backend": "cudnn"}, "attn_backend: expected one of .*'triton'.* got 'cudnn'"),
     ],
 )

@@ -147,7 +147,7 @@ def test_a_step_asks_nothing_of_the_host(self_decoder, mode, T, monkeypatch):
     """With tensors that have no values, whatever reads one raises; choosing and attending go to the kernels."""
     pytest.importorskip("triton")
     with FakeTensorMode(), torch.no_grad():
-        config = tiny_config(self_decoder=self_decoder, sparse_mode=mode, attn_backend="triton")
+        config = tiny_config(self_decoder=self_decoder, sparse_mode=mode, attn_backend="triton", paged_backend="triton")
         model = DiffV2YocoForCausalLM(config).eval()
         cache = model.new_cache(2, 100, max_rollback=2)
         monkeypatch.setattr(selectors, "_backend", lambda name, q: "triton")
@@ -186,8 +186,8 @@ def test_what_is_captured(monkeypatch):
     assert not allowed(offload="cpu")
     assert not allowed(sparse_mode="pair_mean", sparse_block_m=3)
     assert allowed(sparse_mode="dense", sparse_block_m=3)
-    assert allowed(attn_backend="triton")
-    assert not allowed(attn_backend="torch")
+    assert allowed(paged_backend="triton")
+    assert not allowed(paged_backend="torch")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
     assert not allowed()
     monkeypatch.undo()

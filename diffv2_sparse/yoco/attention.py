@@ -94,7 +94,7 @@ class DiffV2Attention(nn.Module):
             ring[following.sequence, :, following.positions % R] = x.to(ring.dtype)
         pages = PagedKV(*(ring.view(-1, 1, D) for ring in state), *following.ring_pages(self.window, H, R))
         q, lam_logit = (x.flatten(0, 1)[:, None] for x in (q.to(state.k.dtype), self.lambda_proj(hidden)))
-        o = diff_attention_paged(q, lam_logit, pages, backend=self.config.attn_backend)
+        o = diff_attention_paged(q, lam_logit, pages, backend=self.config.paged_backend)
         return self.o_proj(o.flatten(-2).view(*hidden.shape[:2], -1))
 
     def _project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +173,7 @@ class CrossAttention(nn.Module):
         for group, selection in zip(reading.groups, chosen.selections):
             own_q, own_lam_logit = (x[group.tokens].unflatten(0, (-1, group.T)) for x in (q, lam_logit))
             pages = cache.pages(group.sequence, group.lengths, selection)
-            o = diff_attention_paged(own_q, own_lam_logit, pages, selection, backend=self.config.attn_backend)
+            o = diff_attention_paged(own_q, own_lam_logit, pages, selection, backend=self.config.paged_backend)
             out.append(o.flatten(0, 1))
         return self.o_proj(torch.cat(out).flatten(-2))[None], chosen
 

@@ -2,7 +2,7 @@
 of the second.
 
 The first half of the layers is the self-decoder, the second half the cross-decoder. The sparsity fields (`sparse_*`)
-and `attn_backend` are read at every call, so one loaded model can be run dense and sparse in turn:
+and the backends are read at every call, so one loaded model can be run dense and sparse in turn:
 `model.config.sparse_mode = "pair_mean"`.
 """
 
@@ -10,7 +10,7 @@ import math
 
 from transformers import PreTrainedConfig
 
-from ..attention import BACKENDS
+from ..attention import BACKENDS, PAGED_BACKENDS
 from ..selectors import TopK
 
 SELF_DECODERS = ("sliding_window", "gated_retention")
@@ -46,7 +46,8 @@ class DiffV2YocoConfig(PreTrainedConfig):
             refused for longer ones, where later tokens would choose for earlier ones.
         sparse_share_layers: the first of every so many cross-decoder layers chooses the blocks for all of them; 1 is a
             choice of each layer's own. Fewer choices, a little less accurate where the budget is small.
-        attn_backend: passed to `diff_attention` and `diff_attention_paged`.
+        attn_backend: passed to `diff_attention`.
+        paged_backend: passed to `diff_attention_paged`, when the shared cache is read.
 
     Raises:
         ValueError: the sizes do not fit each other, an unknown choice, or a budget below the blocks that are always
@@ -107,6 +108,7 @@ class DiffV2YocoConfig(PreTrainedConfig):
     sparse_row_queries: str = "first"
     sparse_share_layers: int = 1
     attn_backend: str = "auto"
+    paged_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
         self._expect_ints(1, "hidden_size", "num_attention_heads")
@@ -159,6 +161,7 @@ class DiffV2YocoConfig(PreTrainedConfig):
         if self.sparse_noise_budget is not None:
             self._expect_ints(1, "sparse_noise_budget")
         _expect("attn_backend", self.attn_backend, BACKENDS)
+        _expect("paged_backend", self.paged_backend, PAGED_BACKENDS)
         if self.sparse_row_queries == "all" and self.sparse_block_m > 1:
             raise ValueError(
                 f"sparse_row_queries: expected 'first' for sparse_block_m = {self.sparse_block_m}, got 'all': later "

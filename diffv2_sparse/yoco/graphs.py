@@ -29,7 +29,7 @@ from .reading import Group, Reading
 if TYPE_CHECKING:
     from .modeling import DiffV2YocoModel
 
-GRAPH_BACKENDS = ("auto", "triton")  # those of `attn_backend` that never wait for the device
+GRAPH_BACKENDS = ("auto", "triton")  # those of `paged_backend` that never wait for the device
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class CacheGraphs:
 
     def step(self, model: DiffV2YocoModel, cache: SharedKVCache, tokens: int) -> StepGraph:
         config = model.config
-        options = {"at_home": cache.table.at_home, "backend": config.attn_backend, **config.choice_options()}
+        options = {"at_home": cache.table.at_home, "backend": config.paged_backend, **config.choice_options()}
         own = self.steps.get(tokens)
         if own is None or not own.is_valid(options):
             own = self.steps[tokens] = StepGraph(model, StepTensors.of(cache, tokens, self.states), options)
@@ -228,7 +228,7 @@ def can_capture(model: DiffV2YocoModel, cache: SharedKVCache, tokens: int) -> bo
         and tokens <= cache.max_rollback + 1
         and (config.sparse_mode == "dense" or config.sparse_block_m == 1)
         and not cache.held_choice  # longer rows are still open
-        and config.attn_backend in GRAPH_BACKENDS
+        and config.paged_backend in GRAPH_BACKENDS
         and obstacle(cache.k_pages) is None
         and model.embed_tokens.weight.device == model.norm.weight.device == spec.device
         and not torch.is_autocast_enabled("cuda")
