@@ -200,14 +200,14 @@ class XFormersDecode:
     """
 
     def __init__(self, pages: PagedKV, blocks: int):
-        from xformers.ops import fmha
-        from xformers.ops.fmha.attn_bias import PagedBlockDiagonalPaddedKeysMask
-
-        self._fmha, self._pages = fmha, pages
         B, H, NP = pages.page_table.shape
         page, device = pages.block_n, pages.page_table.device
         if page % 64:  # its kernel reads beyond smaller pages
             raise ValueError(f"xFormers takes pages of a multiple of 64 keys, not of {page}")
+        from xformers.ops import fmha
+        from xformers.ops.fmha.attn_bias import PagedBlockDiagonalPaddedKeysMask
+
+        self._fmha, self._pages = fmha, pages
         self._bias = PagedBlockDiagonalPaddedKeysMask.from_seqlens(
             q_seqlen=[1] * (B * H),
             kv_seqlen=[min(blocks, NP) * page] * (B * H),

@@ -137,6 +137,7 @@ class TensorDescriptor:
 
 def async_copy_global_to_shared(descriptor, coordinates, barrier, result):
     assert list(result.data.shape) == descriptor.block_shape
+    assert math.prod(descriptor.block_shape[:-1]) >= 8, "the engine fills whole groups of 8 swizzled rows"
     base = descriptor.base.detach()
     whole = base.as_strided((base.untyped_storage().nbytes() // base.element_size(),), (1,), 0).numpy()
     inside, at = np.True_, np.zeros([1] * len(coordinates), object)
