@@ -22,6 +22,7 @@ from .selection import BlockSelection
 
 QUERY_CHUNK = 512  # query tokens that share one materialised mask, where SDPA has no bottom-right causal kernel
 FLEX_BLOCK = 128  # FlexAttention's own block size, for dense and windowed attention
+FLASH_PAGE = 256  # keys; pages of flash-attn's cache are multiples of it
 
 
 def combine_pairs(o: Tensor, lam_logit: Tensor | None) -> Tensor:
@@ -144,6 +145,52 @@ def flash_attention(
         o, lse = o[None], None if lse is None else lse[None]
     o = combine_pairs(o, lam_logit)
     return (o, lse) if return_lse else o
+
+
+def flash_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    lam_logit: Tensor | None,
+    selection: BlockSelection | None,
+    *,
+    scale: float,
+) -> Tensor:
+    """Dense decoding through flash-attn's paged cache: KV heads are folded into the batch, as each has its own pages.
+
+    Arguments as `diff_attention_paged`, already validated. Returns o `[B, T, HO, D]`; no gradient. An entry of the page
+    table that names no page is read as the nearest one that exists.
+
+    Raises:
+        ImportError: flash-attn is not installed.
+        ValueError: a selection, block_n no multiple of FLASH_PAGE, or no 16-bit CUDA tensors.
+    """
+    P, block_n, D = k_pages.shape
+    if selection is not None:
+        raise ValueError('backend: "flash" takes no selection; "triton" and "xformers" do')
+    if block_n % FLASH_PAGE:
+        raise ValueError(
+            f'pages: backend "flash" needs block_n a multiple of {FLASH_PAGE}, got {block_n}; "triton" takes any'
+        )
+    _require_flash(q)
+    from flash_attn import flash_attn_with_kvcache
+
+    B, T, HQ, _ = q.shape
+    H = page_table.shape[1]
+    o = flash_attn_with_kvcache(
+        q.unflatten(2, (H, -1)).transpose(1, 2).flatten(0, 1),  # [B · H, T, G, D]
+        k_pages[:, :, None],
+        v_pages[:, :, None],
+        cache_seqlens=lengths.repeat_interleave(H, output_size=B * H),
+        block_table=page_table.clamp(0, P - 1).flatten(0, 1),
+        softmax_scale=scale,
+        causal=True,
+    )
+    o = o.unflatten(0, (B, H)).transpose(1, 2).flatten(2, 3)
+    before_the_first = lengths[:, None] - T + torch.arange(T, device=q.device) < 0
+    return combine_pairs(o.masked_fill(before_the_first[:, :, None, None], 0), lam_logit)
 
 
 def flex_attention(

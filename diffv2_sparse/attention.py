@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "hopper", "triton", "torch", "flex", "flash", "reference")
 FULL_TILE = 128  # query vectors of the Hopper kernels; they walk together what shorter rows chose apart
-PAGED_BACKENDS = ("auto", "triton", "torch", "xformers")
+PAGED_BACKENDS = ("auto", "triton", "torch", "xformers", "flash")
 
 
 def diff_attention(
@@ -130,9 +130,10 @@ def diff_attention_paged(
         pages: keys and values, one page = one key block of one KV head.
         selection: its `block_n` is the page size; None attends to everything.
         scale: of the logits; D ** -0.5 by default.
-        backend: "auto", "triton" (CUDA), "torch" (any device) or "xformers" (CUDA, 16 bit, pages of a multiple of 64
-            keys, D a power of two from 16 to 512; it folds query tokens into the batch, so for few of them). Of those
-            for CUDA nothing is read back to the host, so graphs can hold them.
+        backend: "auto", "triton" (CUDA), "torch" (any device), "xformers" (CUDA, 16 bit, pages of a multiple of 64
+            keys, D a power of two from 16 to 512; it folds query tokens into the batch, so for few of them) or "flash"
+            (flash-attn; dense, 16 bit, pages of a multiple of 256 keys). Of those for CUDA nothing is read back to the
+            host, so graphs can hold them.
 
     Returns:
         `[B, T, HO, D]` in q's dtype. A query before its sequence's first key gets 0.
@@ -140,7 +141,7 @@ def diff_attention_paged(
     Raises:
         ValueError: shapes, dtypes or devices disagree, the selection's blocks are no pages of this cache, or a backend
             that cannot do what is asked.
-        ImportError: xFormers is named and cannot be imported.
+        ImportError: xFormers or flash-attn is named and cannot be imported.
     """
     if backend not in PAGED_BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(PAGED_BACKENDS)} for paged keys, got {backend!r}")
@@ -182,6 +183,10 @@ def _paged_backend(backend: str, q: Tensor):
         from .xformers_paged import xformers_paged
 
         return xformers_paged
+    if backend == "flash":
+        from .adapters import flash_paged
+
+        return flash_paged
     from .blockwise import blockwise_paged
     from .ops import obstacle, triton_paged
 

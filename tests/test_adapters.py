@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from diffv2_sparse import adapters
+from diffv2_sparse import adapters, diff_attention_paged
+from diffv2_sparse.cache import PagedKV
 from diffv2_sparse.reference import reference_attention
 from tests.oracle import assert_within_budget, error, qkv, random_selection
 
@@ -91,7 +92,21 @@ def fake_flash(monkeypatch):
         o, lse = dense(q[None], k[None], v[None], softmax_scale, window_size, **bounds)
         return (o[0], lse[0], None) if return_attn_probs else o[0]
 
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal):
+        calls.append("paged")
+        assert causal
+        assert block_table.dtype == cache_seqlens.dtype == torch.int32
+        assert k_cache.shape[1] % 256 == 0
+        out = torch.full_like(q, float("nan"))  # where there is no key, nothing is promised
+        for own, table, length, o in zip(q, block_table, cache_seqlens.tolist(), out):
+            T = min(len(own), length)
+            if T:
+                k, v = (x[table.long()].flatten(0, 1)[None, :length] for x in (k_cache, v_cache))
+                o[-T:] = reference_attention(own[None, -T:], k, v, None, scale=softmax_scale)[0]
+        return out
+
     module = types.ModuleType("flash_attn")
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     adapters.flash_available.cache_clear()
@@ -99,6 +114,31 @@ def fake_flash(monkeypatch):
     monkeypatch.setattr(adapters, "_require_flash", lambda q: None)  # the CPU stands in for the GPU
     yield calls
     adapters.flash_available.cache_clear()
+
+
+@pytest.mark.parametrize("differential", [True, False])
+def test_flash_paged(differential, fake_flash):
+    B, T, H, G, D, NP = 3, 4, 2, 6, 16, 2
+    q, _, _, lam = qkv(B, T, T, H * G, H, D, differential=differential)
+    k_pages, v_pages = torch.randn(2, B * H * NP, 256, D)
+    table = torch.randperm(B * H * NP).int().view(B, H, NP)
+    table[2, :, 1] = -1  # beyond its length
+    pages = PagedKV(k_pages, v_pages, table, torch.tensor([512, 300, 2], dtype=torch.int32))
+    got = diff_attention_paged(q, lam, pages, backend="flash", scale=0.3)
+    assert fake_flash == ["paged"]
+    torch.testing.assert_close(got, diff_attention_paged(q, lam, pages, backend="torch", scale=0.3))
+    assert (got[2, :2] == 0).all()
+
+
+def test_flash_paged_refuses_what_it_cannot_take(fake_flash):
+    q, _, _, lam = qkv(1, 1, 1, 4, 2, 16)
+    table, lengths = torch.arange(2, dtype=torch.int32).view(1, 2, 1), torch.tensor([9], dtype=torch.int32)
+    small = PagedKV(*torch.randn(2, 2, 128, 16), table, lengths)
+    with pytest.raises(ValueError, match="block_n a multiple of 256, got 128"):
+        diff_attention_paged(q, lam, small, backend="flash")
+    large = PagedKV(*torch.randn(2, 2, 256, 16), table, lengths)
+    with pytest.raises(ValueError, match="takes no selection"):
+        diff_attention_paged(q, lam, large, random_selection(1, 1, 9, 2, block_m=1, block_n=256), backend="flash")
 
 
 @pytest.mark.parametrize("window", [None, 1, 9])
