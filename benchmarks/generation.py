@@ -54,7 +54,7 @@ class Sizes:
     shape: Shape
     sparsity: Sparsity
     backends: tuple[str, ...]  # of paged attention; the first also attends densely
-    lengths: dict[int, tuple[int, ...]]  # by batch size
+    lengths: dict[int, tuple[int, ...]]  # by batch size; of the same batch sizes in every run
     requested: int  # tokens of the prompt of a request, and of the caches in equal memory
     memory_gib: float  # what a run may hold, weights included
     prompts: prefill.Sizes
@@ -85,9 +85,9 @@ CPU_SMOKE = Sizes(
     shape=prefill.CPU_SMOKE.shape,
     sparsity=prefill.CPU_SMOKE.token,
     backends=("auto",),
-    lengths={1: (64, 128), 2: (64,)},
+    lengths={1: (64, 128), 8: (64,), 32: (64,)},
     requested=256,
-    memory_gib=RESERVE_GIB + 2e-3,
+    memory_gib=RESERVE_GIB + 6e-3,
     prompts=prefill.CPU_SMOKE,
 )
 GPU_SMOKE = Sizes(
@@ -98,9 +98,9 @@ GPU_SMOKE = Sizes(
     shape=prefill.GPU_SMOKE.shape,
     sparsity=prefill.GPU_SMOKE.token,
     backends=("auto", "xformers"),
-    lengths={1: (512, 1024), 2: (512,)},
+    lengths={1: (512, 1024), 8: (512,), 32: (512,)},
     requested=2048,
-    memory_gib=RESERVE_GIB + 0.03,
+    memory_gib=RESERVE_GIB + 0.06,
     prompts=prefill.GPU_SMOKE,
 )
 SMOKE = GPU_SMOKE if ON_GPU else CPU_SMOKE

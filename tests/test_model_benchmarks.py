@@ -432,14 +432,13 @@ def test_prefill_from_end_to_end(tmp_path, capsys):
 
 
 def test_generation_from_end_to_end(tmp_path):
-    groups = generation.groups(GENERATION_SMOKE)
-    benchmark = replace(generation.BENCHMARK, smoke=GENERATION_SMOKE, groups=groups)
+    benchmark = replace(generation.BENCHMARK, smoke=GENERATION_SMOKE)
     assert runner.main(benchmark, "", ["--smoke", f"--output={tmp_path}"]) == 0
     content = json.loads((tmp_path / "generation_smoke.json").read_text())
     assert not [record["error"] for record in content["records"] if "error" in record]
     found = bars.Found(content["records"])
-    step = found("batch 2", "64 tokens, batch 2", "sparse, graph", backend="auto")
-    assert step["tokens_per_s"] == pytest.approx(2e3 / step["median_ms"], rel=0.01)
+    step = found("batch 8", "64 tokens, batch 8", "sparse, graph", backend="auto")
+    assert step["tokens_per_s"] == pytest.approx(8e3 / step["median_ms"], rel=0.01)
     best = found("equal memory", "256 tokens, equal memory", "dense, graph", ["Transformer"])["shape"]["B"]
     assert 1 < best < found("equal memory", "256 tokens, equal memory", "sparse, graph", backend="auto")["shape"]["B"]
     assert found("prompt", "256 tokens", "prefill", ["Transformer"])["extrapolated"] == "one layer × 4"
@@ -455,8 +454,6 @@ def test_generation_from_end_to_end(tmp_path):
 @pytest.mark.parametrize("benchmark", [prefill.BENCHMARK, generation.BENCHMARK], ids=lambda benchmark: benchmark.name)
 def test_every_group_runs_on_a_gpu(benchmark, tmp_path, monkeypatch):
     monkeypatch.undo()  # whole parts
-    if benchmark.name == "generation":
-        benchmark = replace(benchmark, groups=generation.groups(generation.SMOKE))
     runner.main(benchmark, "", ["--smoke", f"--output={tmp_path}"])
     content = json.loads((tmp_path / f"{benchmark.name}_smoke.json").read_text())
     failed = [r["error"] for r in content["records"] if "error" in r]
