@@ -207,7 +207,7 @@ class PageTable:
     def extend(self, tokens: Sequence[int], counts: Sequence[int]) -> None:
         """Makes room for `counts[b]` tokens after `tokens[b]`: takes blocks, and copies open ones that others hold.
 
-        Undone by `cut`, but for the copies: they hold what the shared blocks did.
+        Undone by `cut`, but for the copies: they hold what the shared blocks did. When it raises, no copy is kept.
         """
         pool, block_n, places, copied = self.pool, self.pool.block_n, [], []
         pool.require(self.blocks_needed(tokens, counts))
@@ -215,16 +215,24 @@ class PageTable:
             j = start // block_n
             if count and start % block_n and pool.holders[own[j]] > 1:
                 copy = pool.take(b * self.width + j)
-                copied.append((own[j], copy))
+                copied.append((own, j, own[j], copy))
                 pool.release([own[j]])
                 own[j] = copy
                 places.append((b, j))
             for j in range(len(own), -(-(start + count) // block_n)):
                 own.append(pool.take(b * self.width + j))
                 places.append((b, j))
-        if copied:
-            pool.copy(*zip(*copied))
-        self._publish(places)
+        try:
+            if copied:
+                _, _, origins, copies = zip(*copied)
+                pool.copy(origins, copies)
+            self._publish(places)
+        except BaseException:  # else the books would name blocks that the device does not know
+            for own, j, origin, copy in copied:
+                pool.hold([origin])
+                pool.release([copy])
+                own[j] = origin
+            raise
 
     def locate(self, sequence: Tensor, position: Tensor) -> Tensor:
         """The blocks of tokens, int64, from sequences and positions of one shape, which `extend` made room for."""

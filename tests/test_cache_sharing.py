@@ -248,6 +248,32 @@ def test_copies_of_shared_blocks_need_room_and_the_last_holder_needs_none():
     assert_holds(cache, [torch.cat([prompt, rows[0]])] * 2 + [torch.empty(0, H, D)])
 
 
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("failing", ["copy", "publish"])
+def test_a_copy_that_fails_is_no_copy(offload, failing, monkeypatch):
+    """Neither the books nor the device name the copy, and later writes harm no one."""
+    cache = SharedKVCache(spec(), 1, CAPACITY, blocks=6, offload=offload)
+    prompt, rows = torch.randn(6, H, D), fresh(1, 2, 3)
+    append(cache, [prompt])
+    fork = cache.fork([0, 0])
+    before = [snapshot(cache), snapshot(fork)]
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        target = (cache.pool, "copy") if failing == "copy" else (fork.table, "_publish")
+        patch.setattr(*target, fail)
+        with pytest.raises(torch.OutOfMemoryError), fork.transaction():
+            append(fork, fresh(2, 2))
+    for old, new in zip(before, (snapshot(cache), snapshot(fork))):
+        assert_same({k: v for k, v in old.items() if k != "free"}, {k: v for k, v in new.items() if k != "free"})
+    append(fork, rows[:2])
+    append(cache, rows[2:])
+    assert_holds(cache, [torch.cat([prompt, rows[2]])])
+    assert_holds(fork, [torch.cat([prompt, row]) for row in rows[:2]])
+
+
 def test_an_exhausted_pool_says_what_is_missing_and_what_helps():
     model = tiny_model(sparse_mode="pair_mean")
     cache = model.new_cache(2, 40, blocks=12)
