@@ -3,9 +3,10 @@
     o[p] = softmax(q_2p kᵀ · scale) v − sigmoid(lam_logit[p]) · softmax(q_2p+1 kᵀ · scale) v
 
 `backend="auto"` takes, on CUDA: for dense and windowed calls in 16 bit flash-attn where it is installed; else SDPA for
-plain dense calls, the fused "triton" kernels for all others, and "torch" where those cannot run. On a CPU it takes
-"torch", which hands dense calls to SDPA. Paged calls go to "triton" on CUDA, else to "torch". A backend that is named
-is used or raises; it never falls back. Source: microsoft/unilm, Diff-Transformer-V2.
+plain dense calls; for all others the fused kernels, "hopper" where it can and rows fill its tiles, else "triton"; and
+"torch" where those cannot run. On a CPU it takes "torch", which hands dense calls to SDPA. Paged calls go to "triton"
+on CUDA, else to "torch". A backend that is named is used or raises; it never falls back. Source: microsoft/unilm,
+Diff-Transformer-V2.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def diff_attention(
         from .ops import hopper_attention, triton_attention
 
         if reason := _kernels_obstacle(backend, q, selection):
-            instead = "triton" if backend == "hopper" else "torch"
+            instead = "torch" if backend == "triton" or _kernels_obstacle("triton", q, selection) else "triton"
             raise ValueError(f'backend: "{backend}": {reason}; "{instead}" would do')
         attend = hopper_attention if backend == "hopper" else triton_attention
         o, lse = attend(*inputs, selection, **span, **bounds, return_lse=return_lse)

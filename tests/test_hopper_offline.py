@@ -340,6 +340,13 @@ def test_named_it_raises_and_says_what_is_missing(dtype, D, block_n, message):
         diff_attention(q, k, v, lam, selection, backend="hopper")
 
 
+def test_a_backend_is_named_that_would_do(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for D, dtype in ((64, torch.float32), (320, torch.bfloat16)):
+        with pytest.raises(ValueError, match=r'backend: "hopper": .*; "torch" would do'):
+            diff_attention(*qkv(1, 70, 70, 4, 2, D, dtype=dtype), backend="hopper")
+
+
 def test_auto_goes_on_to_the_next(hopper):
     q = fake_gpu(torch.empty(1, 4, 4, 64, dtype=torch.bfloat16))
     selection = random_selection(1, 128, 128, 2, block_m=64, block_n=64)
