@@ -122,7 +122,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 
 
 def flash_dense(x: Inputs) -> Call:
-    """flash-attn 2 or 3, dense."""
+    """flash-attn 2, dense."""
     from flash_attn import flash_attn_func
 
     return lambda: subtract(flash_attn_func(x.q, x.k, x.v, causal=True), x.lam_logit)
