@@ -265,14 +265,15 @@ class SharedKVCache:
         """Forgets some sequences, or all; their pages go back to the pool."""
         chosen = range(self.batch_size) if sequences is None else sequences
         self._check_sequences(chosen)
-        self.tokens = tuple(0 if b in chosen else n for b, n in enumerate(self.tokens))
-        self.floors = tuple(0 if b in chosen else n for b, n in enumerate(self.floors))
-        self.table.cut(self.tokens)
-        self.lengths.copy_(self._sent(self.tokens))
+        left = tuple(0 if b in chosen else n for b, n in enumerate(self.tokens))
         gone = self._sent([b in chosen for b in range(self.batch_size)], torch.bool)
-        self.states = tuple(
+        states = tuple(
             type(state)(*(x.masked_fill(gone.view(-1, *[1] * (x.ndim - 1)), 0) for x in state)) for state in self.states
         )
+        self.lengths.copy_(self._sent(left))  # what can fail comes first
+        self.tokens, self.states = left, states
+        self.floors = tuple(0 if b in chosen else n for b, n in enumerate(self.floors))
+        self.table.cut(left)
         if not any(self.tokens):
             self.columns = self.whole_columns = 0
             self.held, self.held_choice = (None,) * self.spec.cross_layers, {}
@@ -300,9 +301,9 @@ class SharedKVCache:
                     f"counts: expected sequence {b} to end in its open row, or where a row of {block_m} tokens ends, "
                     f"got {n} of {own} tokens: an earlier row's blocks are not kept"
                 )
+        self.lengths.copy_(self._sent(left))  # what can fail comes first
         self.tokens = left
         self.table.cut(left)
-        self.lengths.copy_(self._sent(left))
         self.columns -= min(each)
         self.whole_columns = max(0, self.whole_columns - max(each))
 
@@ -397,7 +398,9 @@ class SharedKVCache:
     def _follow(self, origin: SharedKVCache, order: list[int]) -> None:
         """Goes on from sequences of `origin`, in place where the batch size stays."""
         at = self._sent(order, torch.long)
-        lengths, states, held = origin.lengths[at], origin.states, origin.held
+        lengths = origin.lengths[at]
+        states = tuple(type(state)(*(x[at] for x in state)) for state in origin.states)
+        held = tuple(None if rows is None else RowLists(*(x[at] for x in rows)) for rows in origin.held)
         if len(order) == len(self.lengths):
             self.table.follow(origin.table, order)
             self.lengths.copy_(lengths)
@@ -408,8 +411,7 @@ class SharedKVCache:
             self.table, self.lengths = table, lengths
             self._moves += 1
         self.tokens, self.floors = (tuple(x[b] for b in order) for x in (origin.tokens, origin.floors))
-        self.states = tuple(type(state)(*(x[at] for x in state)) for state in states)
-        self.held = tuple(None if rows is None else RowLists(*(x[at] for x in rows)) for rows in held)
+        self.states, self.held = states, held
 
     def _sent(self, values: Sequence, dtype: torch.dtype = torch.int32) -> Tensor:
         return sent(values, dtype, self.spec.device)

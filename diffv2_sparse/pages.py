@@ -262,6 +262,8 @@ class PageTable:
 
     def follow(self, origin: PageTable, order: Sequence[int]) -> None:
         """Sequence i goes on from what sequence `order[i]` of `origin` holds, over the same pool."""
+        at = sent(order, torch.long, self.pages.device)
+        pages, numbers = origin.pages[at], origin.numbers[at]  # what can fail comes first
         fresh = [list(origin.blocks[b]) for b in order]
         kept = [_shared(old, new) for old, new in zip(self.blocks, fresh)]
         for new, n in zip(fresh, kept):  # all are held before any is given back
@@ -270,9 +272,8 @@ class PageTable:
             self.pool.release(old[n:])
         self.at_home = origin.at_home and (list(order) == list(range(len(order))) or not any(fresh))
         self.blocks = fresh
-        at = sent(order, torch.long, self.pages.device)
-        self.pages.copy_(origin.pages[at])
-        self.numbers.copy_(origin.numbers[at])
+        self.pages.copy_(pages)
+        self.numbers.copy_(numbers)
 
     def widen(self, width: int) -> None:
         """Makes room for `width` blocks per sequence, in other memory."""

@@ -274,6 +274,32 @@ def test_a_copy_that_fails_is_no_copy(offload, failing, monkeypatch):
     assert_holds(fork, [torch.cat([prompt, row]) for row in rows[:2]])
 
 
+@pytest.mark.parametrize(
+    "call",
+    [lambda c: c.reset([0]), lambda c: c.truncate((2, 1)), lambda c: c.reorder_cache(torch.tensor([1, 1]))],
+    ids=["reset", "truncate", "reorder"],
+)
+def test_a_call_that_finds_no_memory_changes_nothing(call, monkeypatch):
+    """At whichever of its tensors memory runs out."""
+    cache = SharedKVCache(spec(), 2, CAPACITY, max_rollback=ROLLBACK)
+    append(cache, fresh(9, 6))
+    cache.states = tuple(type(state)(*map(torch.randn_like, state)) for state in cache.states)
+    before, sent, refused = snapshot(cache), cache._sent, 0
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    for working in range(3):
+        steps = iter([sent] * working + [fail])
+        monkeypatch.setattr(cache, "_sent", lambda *options, steps=steps: next(steps)(*options))
+        try:
+            call(cache)
+        except torch.OutOfMemoryError:
+            refused += 1
+            assert_same(before, snapshot(cache))
+    assert 1 <= refused < 3
+
+
 def test_an_exhausted_pool_says_what_is_missing_and_what_helps():
     model = tiny_model(sparse_mode="pair_mean")
     cache = model.new_cache(2, 40, blocks=12)
