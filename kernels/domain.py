@@ -64,7 +64,7 @@ class Domain:
         sequence = torch.searchsorted(starts[1:], piece, right=True).int()
         own = piece - starts[sequence.clamp(max=bounds.shape[0] - 2)]
         padding = sequence >= bounds.shape[0] - 1
-        return most, torch.stack([sequence.masked_fill(padding, 0), own.masked_fill(padding, total)], 1)
+        return most, torch.stack([sequence.masked_fill(padding, 0), own.masked_fill(padding, cdiv(total, tokens))], 1)
 
 
 def takes_descriptors(domain: Domain, arch: int, k: Tensor, v: Tensor) -> bool:

@@ -165,6 +165,19 @@ def packed_case(
     return cu, BlockSelection(indices.to(device), counts.to(device), block_m, block_n)
 
 
+def test_padding_of_packed_pieces_stays_in_32_bits():
+    """Kernels multiply the number of a piece by its tokens; padding has to come out past the end of every sequence."""
+    from diffv2_sparse.kernels.domain import Domain
+
+    T, tokens = 1 << 20, 4096
+    cu = torch.tensor([0, T // 2, T], dtype=torch.int32)
+    most, table = Domain(1, T, T, 1, None, None, None, tokens, 64, cu, cu).pieces(tokens)
+    own = table[:, 1].long()
+    assert most == len(own) == T // tokens + 2
+    assert (own[:-2] < T // 2 // tokens).all()
+    assert ((own[-2:] * tokens >= T) & (own[-2:] * tokens < 2**31)).all()
+
+
 @pytest.mark.parametrize(("kind", "block_m"), [("selection", 16), ("selection", 1), ("window", 0), ("dense", 0)])
 def test_packed(kind, block_m, kernels, device):
     options, selection = packed_case(kind, device, block_m=block_m, block_n=kernels.block_n)
