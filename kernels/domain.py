@@ -3,8 +3,9 @@
 Queries are cut into *lists*: one row of a selection, or several short rows that one tile of the tensor cores takes
 together. A list holds the union of its rows' blocks (over both classes, too), each block once, with one bit per row
 and class that says who chose it; blocks that every token sees whole come first, then those that need a mask. Entries
-out of range, repeated, or seen by no token are dropped here, so that the kernels that walk lists never meet them.
-Without a selection nothing is stored: the walk follows from the positions.
+out of range or seen by no token are dropped here, so that the kernels that walk lists never meet them. That a row's own
+list repeats no block is the contract of a selection: bits of repeated ones are not all collected. Without a selection
+nothing is stored: the walk follows from the positions.
 """
 
 from dataclasses import dataclass
