@@ -19,7 +19,6 @@ benchmarks/results/generation_MACHINE.json after each group.
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -111,13 +110,7 @@ SMOKE = GPU_SMOKE if ON_GPU else CPU_SMOKE
 
 def makes_graphs(model: DiffV2YocoForCausalLM) -> bool:
     """Whether the model captures its steps by itself."""
-    return model.device.type == "cuda" and "use_graphs" in inspect.signature(model.decode).parameters
-
-
-def decode_step(model: DiffV2YocoForCausalLM, cache: SharedKVCache, ids: Tensor, use_graphs: bool) -> Tensor:
-    """As a user calls it: appends the tokens `[B, 1]` and returns their logits `[B, 1, vocab]`."""
-    options = {"use_graphs": use_graphs} if makes_graphs(model) else {}
-    return model.decode(ids, cache, **options)
+    return model.device.type == "cuda"
 
 
 class StaticStep:
@@ -301,7 +294,7 @@ class Problem:
 
         def step() -> Tensor:
             model.config.sparse_mode, model.config.paged_backend = mode, backend
-            return decode_step(model, cache, ids, use_graphs)
+            return model.decode(ids, cache, use_graphs=use_graphs)
 
         return step
 
