@@ -327,7 +327,8 @@ class SharedKVCache:
     def grow(self, capacity: int, blocks: int | None = None) -> None:
         """Makes room for `capacity` tokens per sequence, in a pool of `blocks`; by default as many as a new cache has.
 
-        Tensors move, for forks over the same pool as well: captured graphs must be captured again.
+        Tensors move, for forks over the same pool as well: captured graphs must be captured again. Where there is no
+        memory for it, what the cache holds and has room for stays.
         """
         _check_positive(capacity=capacity)
         if capacity < self.capacity:

@@ -131,8 +131,9 @@ class OffloadedPool(PagePool):
     def grow(self, blocks: int) -> None:
         self._wait()
         more = max(0, blocks - len(self.holders)) * self.kv_heads
+        slots = [torch.cat([x, x.new_full((more,), -1)]) for x in (self.slot_of, self._slot_of)]
         super().grow(blocks)
-        self.slot_of, self._slot_of = (torch.cat([x, x.new_full((more,), -1)]) for x in (self.slot_of, self._slot_of))
+        self.slot_of, self._slot_of = slots
 
     # Reading
 

@@ -149,18 +149,23 @@ class PagePool:
         """Enlarges the pool to `blocks`. The pages keep their numbers and move to other memory; both exist for a
         while.
         """
-        more = blocks - len(self.holders)
+        before = len(self.holders)
+        more = blocks - before
         if more <= 0:
             return
-        self.free |= dict.fromkeys(range(len(self.holders), blocks))
+        self.moves += 1  # of some tensors even if there is no memory for all
+        try:
+            for name in ("k_pages", "v_pages"):
+                x = getattr(self, name)
+                pages = self._new_pages(blocks * self.kv_heads, *x.shape[1:], x.dtype, self.summaries.device)
+                pages[: len(x)] = x
+                setattr(self, name, pages)
+            self.summaries = torch.cat([self.summaries, self.summaries.new_zeros(more, *self.summaries.shape[1:])])
+        except BaseException:
+            self.k_pages, self.v_pages = (x[: before * self.kv_heads] for x in (self.k_pages, self.v_pages))
+            raise
+        self.free |= dict.fromkeys(range(before, blocks))
         self.holders += [0] * more
-        for name in ("k_pages", "v_pages"):
-            x = getattr(self, name)
-            pages = self._new_pages(len(self.holders) * self.kv_heads, *x.shape[1:], x.dtype, self.summaries.device)
-            pages[: len(x)] = x
-            setattr(self, name, pages)
-        self.summaries = torch.cat([self.summaries, self.summaries.new_zeros(more, *self.summaries.shape[1:])])
-        self.moves += 1
 
     def _new_pages(self, pages: int, block_n: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(pages, block_n, head_dim, dtype=dtype, device=device)

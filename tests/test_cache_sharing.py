@@ -300,6 +300,35 @@ def test_a_call_that_finds_no_memory_changes_nothing(call, monkeypatch):
     assert 1 <= refused < 3
 
 
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("working", [0, 1])
+def test_a_pool_that_cannot_grow_stays_as_it_is(offload, working, monkeypatch):
+    cache = SharedKVCache(spec(), 2, CAPACITY, offload=offload)
+    rows = fresh(9, 6)
+    append(cache, rows)
+    before, pool, addresses = snapshot(cache), cache.pool, cache.addresses
+    pages = pool.k_pages.data_ptr(), pool.v_pages.data_ptr()
+    steps = iter([pool._new_pages] * working)
+
+    def fail(*options):
+        for step in steps:
+            return step(*options)
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_new_pages", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.grow(4 * CAPACITY)
+    assert_same(before, snapshot(cache))
+    assert cache.capacity == CAPACITY
+    assert len(pool.k_pages) == len(pool.v_pages) == len(pool.holders) * H
+    assert cache.addresses > addresses or pages == (pool.k_pages.data_ptr(), pool.v_pages.data_ptr())
+    cache.grow(2 * CAPACITY)
+    more = fresh(CAPACITY, CAPACITY)
+    append(cache, more)
+    assert_holds(cache, [torch.cat(both) for both in zip(rows, more)])
+
+
 def test_an_exhausted_pool_says_what_is_missing_and_what_helps():
     model = tiny_model(sparse_mode="pair_mean")
     cache = model.new_cache(2, 40, blocks=12)
