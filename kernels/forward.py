@@ -9,7 +9,6 @@ did not choose. Online softmax as in FlashAttention (Dao, arXiv 2307.08691); the
 Diff-Transformer-V2.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ from .primitives import (
     keys_of,
     load_keys,
     members_of,
+    new_outputs,
     product,
     sequence_of,
     softmax_step,
@@ -217,10 +217,8 @@ def forward(
     H = k.shape[2]
     G = HQ // H
     diff = lam_logit is not None
-    o = torch.empty(B, T, HQ // 2 if diff else HQ, D, dtype=q.dtype, device=q.device)
     save_noise = save_noise and diff
-    o_noise = torch.empty_like(o) if save_noise else o.new_empty(0)
-    lse = torch.empty((B, HQ, T) if save_lse else 0, dtype=torch.float32, device=q.device)
+    o, lse, o_noise = new_outputs(q, differential=diff, save_noise=save_noise, save_lse=save_lse)
     arch = arch_of(q.device)
     described = takes_descriptors(domain, arch, k, v)
     phase = "forward" if described else "forward_pointers"

@@ -6,6 +6,7 @@ s = scale · log2 e, softmax(x · scale) = exp2(x · s − m) / Σ exp2(x · s �
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,6 +28,14 @@ class Strides(NamedTuple):
 
 def strides_of(x: Tensor | None) -> Strides:
     return Strides(0, 0, 0) if x is None else Strides(*x.stride()[:3])
+
+
+def new_outputs(q: Tensor, *, differential: bool, save_noise: bool, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse and o_noise as `forward` returns them, not yet written; what is not saved is empty."""
+    B, T, HQ, D = q.shape
+    o = q.new_empty(B, T, HQ // 2 if differential else HQ, D)
+    lse = q.new_empty((B, HQ, T) if save_lse else 0, dtype=torch.float32)
+    return o, lse, torch.empty_like(o) if save_noise else o.new_empty(0)
 
 
 def padded(head_dim: int) -> int:

@@ -27,7 +27,6 @@ Source: FlashAttention-3 (Shah et al., arXiv 2407.08608) for the roles and the o
 Diff-Transformer-V2 for the formula.
 """
 
-import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -35,7 +34,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from ..domain import Domain, Lists
-from ..primitives import LN2, LOG2E, sequence_of, softmax_step, strides_of, tile_of
+from ..primitives import LN2, LOG2E, new_outputs, sequence_of, softmax_step, strides_of, tile_of
 from ..tiles import fixed_packing, next_power_of_2
 from .operands import pack, unpack
 from .queries import CONSUMERS, ROWS, Form, Queries, outputs_of, rows_of, signal_and_noise
@@ -250,10 +249,8 @@ def forward(
     H = k.shape[2]
     G = HQ // H
     diff = lam_logit is not None
-    o = torch.empty(B, T, HQ // 2 if diff else HQ, D, dtype=q.dtype, device=q.device)
     save_noise = save_noise and diff
-    o_noise = torch.empty_like(o) if save_noise else o.new_empty(0)
-    lse = torch.empty((B, HQ, T) if save_lse else 0, dtype=torch.float32, device=q.device)
+    o, lse, o_noise = new_outputs(q, differential=diff, save_noise=save_noise, save_lse=save_lse)
     apart = domain.classes == 2 and domain.block_m * next_power_of_2(G // 2) >= CONSUMERS.value * ROWS.value
     packing = fixed_packing(CONSUMERS.value * ROWS.value, G // 2 if apart else G, domain.block_m)
     lists = Lists(domain, packing.tokens, packing.rows, apart)
