@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,40 +62,22 @@ def triton_attention(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     return_lse: bool = True,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as `diff_attention`, already validated. Returns o `[B, T, HO, D]` and lse `[B, HQ, T]`, which is only
     sure to be there if asked for; differentiable but for lse.
     """
-    bounds = cu_seqlens_q, cu_seqlens_k
-    return _fused(q, k, v, lam_logit, selection, bounds, scale, window, return_lse, hopper=False)
-
-
-def hopper_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lam_logit: Tensor | None,
-    selection: BlockSelection | None,
-    *,
-    scale: float,
-    window: int | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    return_lse: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Like `triton_attention`, for calls without `hopper_obstacle`."""
-    bounds = cu_seqlens_q, cu_seqlens_k
-    return _fused(q, k, v, lam_logit, selection, bounds, scale, window, return_lse, hopper=True)
-
-
-def _fused(q, k, v, lam_logit, selection, bounds, scale, window, return_lse, *, hopper) -> tuple[Tensor, Tensor]:
     q, scale = _scaled_up(q, scale)
-    lists = None, None, *bounds, 0, 0
+    lists = None, None, cu_seqlens_q, cu_seqlens_k, 0, 0
     if selection is not None:
-        lists = selection.indices, selection.counts, *bounds, selection.block_m, selection.block_n
+        block_m, block_n = selection.block_m, selection.block_n
+        lists = selection.indices, selection.counts, cu_seqlens_q, cu_seqlens_k, block_m, block_n
     backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, lam_logit))
     o, lse, _ = _attention(q, k, v, lam_logit, *lists, scale, window, backward, return_lse or backward, hopper)
     return o, lse.detach()
+
+
+hopper_attention = partial(triton_attention, hopper=True)  # for calls without `hopper_obstacle`
 
 
 def triton_paged(
