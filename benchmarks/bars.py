@@ -94,17 +94,11 @@ def faster(
     )
 
 
-def rate(group: str, case: str, phase: str) -> Value:
-    """Our TFLOP/s over those in large blocks."""
+def rate(group: str, case: str, phase: str, *, of: tuple[str, str, str] | None = None) -> Value:
+    """Our TFLOP/s over those in large blocks; `of`: where these were measured, if not in the same group and phase."""
     return lambda found, backend: (
-        found(group, case, phase, backend=backend)["tflops"] / found(group, LARGE, phase, backend=backend)["tflops"]
-    )
-
-
-def of_large(group: str, case: str) -> Value:
-    """Our TFLOP/s of a forward over those in large blocks of the first group."""
-    return lambda found, backend: (
-        found(group, case, "fwd", backend=backend)["tflops"] / found(*_AT_LARGE, backend=backend)["tflops"]
+        found(group, case, phase, backend=backend)["tflops"]
+        / found(*(of or (group, LARGE, phase)), backend=backend)["tflops"]
     )
 
 
@@ -221,12 +215,20 @@ _HOPPER = (
     Bar("dense fwd, 32K: × dense peer", faster("dense", "dense", "fwd", DENSE), 1.0),
     Bar("dense fwd, 32K: × FA4", faster("dense", "dense", "fwd", FA4_DENSE), reach=1.0),
     Bar("dense fwd + bwd, 32K: × FA4", faster("dense", "dense", "fwd+bwd", FA4_DENSE), 0.88, 1.0),
-    Bar("fwd, heads of 64: rate of the first row", of_large("shapes", "heads of half the size"), 0.6),
-    Bar("fwd, 4 heads × 16 tokens: rate of the first row", of_large("shapes", "rows of half a tile"), 0.45),
-    Bar("fwd, 16 heads a group: rate of the first row", of_large("shapes", "twice the heads in a group"), 0.85),
-    Bar("fwd, 16K tokens: rate of the first row", of_large("shapes", "few tokens"), 0.85),
-    Bar("fwd, 1M tokens: rate of the first row", of_large("million", LARGE), 0.85),
-    Bar("fwd, block_m 16: rate of the first row", of_large("forward", "short rows"), 0.85),
+    Bar("fwd, heads of 64: rate of the first row", rate("shapes", "heads of half the size", "fwd", of=_AT_LARGE), 0.6),
+    Bar(
+        "fwd, 4 heads × 16 tokens: rate of the first row",
+        rate("shapes", "rows of half a tile", "fwd", of=_AT_LARGE),
+        0.45,
+    ),
+    Bar(
+        "fwd, 16 heads a group: rate of the first row",
+        rate("shapes", "twice the heads in a group", "fwd", of=_AT_LARGE),
+        0.85,
+    ),
+    Bar("fwd, 16K tokens: rate of the first row", rate("shapes", "few tokens", "fwd", of=_AT_LARGE), 0.85),
+    Bar("fwd, 1M tokens: rate of the first row", rate("million", LARGE, "fwd", of=_AT_LARGE), 0.85),
+    Bar("fwd, block_m 16: rate of the first row", rate("forward", "short rows", "fwd", of=_AT_LARGE), 0.85),
 )
 ATTENTION += tuple(replace(bar, row=f"Hopper: {bar.row}", backend="hopper") for bar in _HOPPER)
 
