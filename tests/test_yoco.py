@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from diffv2_sparse.yoco import DiffV2Attention, DiffV2YocoConfig, DiffV2YocoForCausalLM, DiffV2YocoModel
 from diffv2_sparse.yoco.layers import rotary_angles
-from tests.tiny_yoco import ROWS, VOCAB, ragged_tokens, tiny_config, tiny_model
+from tests.tiny_yoco import ROWS, VOCAB, check_checkpointed_gradients, ragged_tokens, tiny_config, tiny_model
 
 SELF_DECODERS = ("sliding_window", "gated_retention")
 
@@ -128,20 +128,7 @@ def test_positions(self_decoder, cross_position):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointed_gradients_are_exact(self_decoder, use_reentrant):
     model = tiny_model(self_decoder=self_decoder, sparse_mode="per_class").train()
-    tokens, mask = ragged_tokens(40, (0, 13))
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-            if use_reentrant:
-                model.enable_input_require_grads()
-        model.zero_grad()
-        model(tokens, attention_mask=mask, labels=tokens).loss.backward()
-        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
-    plain, again = gradients
-    assert all(gradient.abs().max() > 0 for gradient in plain.values())
-    for name in plain:
-        torch.testing.assert_close(again[name], plain[name], rtol=1e-12, atol=1e-14, msg=name)
+    check_checkpointed_gradients(model, use_reentrant)
 
 
 def test_loss_is_shifted_cross_entropy_and_takes_the_trainers_count():

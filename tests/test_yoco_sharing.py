@@ -8,7 +8,7 @@ import torch
 from diffv2_sparse.yoco import attention
 from tests.test_yoco_graphs import by_step
 from tests.test_yoco_prefill import assert_equals_forward
-from tests.tiny_yoco import ROWS, VOCAB, ragged_tokens, tiny_model
+from tests.tiny_yoco import ROWS, VOCAB, check_checkpointed_gradients, ragged_tokens, tiny_model
 
 SELF_DECODERS = ("sliding_window", "gated_retention")
 SPARSE = ROWS[1:]
@@ -104,20 +104,7 @@ def test_a_step_of_a_graph_is_the_ordinary_forward(mode):
 @pytest.mark.parametrize(("mode", "block_m"), [("per_class", 1), ("pair_mean", 3)])
 def test_checkpointed_gradients_are_exact(share_layers, use_reentrant, mode, block_m):
     model = sharing_model(share_layers, sparse_mode=mode, sparse_block_m=block_m).train()
-    tokens, mask = ragged_tokens(40, (0, 13))
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-            if use_reentrant:
-                model.enable_input_require_grads()
-        model.zero_grad()
-        model(tokens, attention_mask=mask, labels=tokens).loss.backward()
-        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
-    plain, again = gradients
-    assert all(gradient.abs().max() > 0 for gradient in plain.values())
-    for name in plain:
-        torch.testing.assert_close(again[name], plain[name], rtol=1e-12, atol=1e-14, msg=name)
+    check_checkpointed_gradients(model, use_reentrant)
 
 
 def test_an_open_row_is_finished_by_the_layers_that_chose_for_it():

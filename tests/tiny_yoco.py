@@ -49,3 +49,21 @@ def ragged_tokens(columns: int, pads: tuple[int, ...], side: str = "left") -> tu
     column = torch.arange(columns)
     real = torch.stack([column >= p if side == "left" else column < columns - p for p in pads])
     return tokens * real, real.long()
+
+
+def check_checkpointed_gradients(model, use_reentrant: bool) -> None:
+    """Every weight has a gradient, and the same with checkpointing as without."""
+    tokens, mask = ragged_tokens(40, (0, 13))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            if use_reentrant:
+                model.enable_input_require_grads()
+        model.zero_grad()
+        model(tokens, attention_mask=mask, labels=tokens).loss.backward()
+        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+    plain, again = gradients
+    assert all(gradient.abs().max() > 0 for gradient in plain.values())
+    for name in plain:
+        torch.testing.assert_close(again[name], plain[name], rtol=1e-12, atol=1e-14, msg=name)
