@@ -139,7 +139,11 @@ def _decode_kernel(
 
 @triton.jit
 def _merged(part_o, part_m, part_l, row, dims, splits, D: tl.constexpr, SPLITS: tl.constexpr):
-    """The softmax of one head over all splits, `[BLOCK_D]`."""
+    """The softmax of one head over all splits, `[BLOCK_D]`.
+
+    Several threads add up the same sums, each beginning with a product of its own: fused with the addition, these would
+    differ in their last bit, and which one counts would be a race.
+    """
     at = row * splits + tl.arange(0, SPLITS)
     taken = tl.arange(0, SPLITS) < splits
     m = tl.load(part_m + at, mask=taken, other=float("-inf"))
@@ -273,5 +277,6 @@ def decode(
         SPLITS=padded,
         BLOCK_D=dims,
         num_warps=warps,
+        enable_fp_fusion=False,  # see `_merged`
     )
     return o
