@@ -1,10 +1,12 @@
 """A small call of every kernel, in the forms that are compiled apart.
 
-On a GPU: `compute-sanitizer --tool memcheck python -m tests.every_kernel`, and the same with racecheck. Without one,
-`compile_offline` makes the same calls, but for the Hopper kernels, which have `compile_hopper`.
+On a GPU: `compute-sanitizer --tool memcheck python -m tests.every_kernel`, and the same with racecheck; `portable` or
+`hopper` after it makes the calls of those kernels alone. Without one, `compile_offline` makes the same calls, but for
+the Hopper kernels, which have `compile_hopper`.
 """
 
 import math
+import sys
 
 import torch
 
@@ -35,17 +37,17 @@ CHOICES = {  # B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, lengths on t
 PAGES = 16
 
 
-def attend(device, T, HQ, H, D, differential, options) -> None:
+def attend(device, kernels, T, HQ, H, D, differential, options) -> None:
     inputs = qkv(1, T, T, HQ, H, D, dtype=torch.bfloat16, device=device, differential=differential, requires_grad=True)
     selection, window = None, 16
     if options is not None:
         selection, window = select_blocks(*inputs[:2], budget=TopK(4), local_blocks=1, **options), None
     bounds = {"cu_seqlens_q": None, "cu_seqlens_k": None}
-    for attention, obstacle in (
-        (ops.triton_attention, None),
-        (ops.hopper_attention, ops.hopper_obstacle(inputs[0], selection)),
+    for name, attention, obstacle in (
+        ("portable", ops.triton_attention, None),
+        ("hopper", ops.hopper_attention, ops.hopper_obstacle(inputs[0], selection)),
     ):
-        if obstacle is None:
+        if name in kernels and obstacle is None:
             o, _ = attention(*inputs, selection, scale=D**-0.5, window=window, **bounds)
             o.backward(torch.ones_like(o))
 
@@ -87,14 +89,17 @@ def choose(device, B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, ragged) 
     )
 
 
-def call_all(device: str) -> None:
-    for call, cases in ((attend, ATTENTION), (decode, DECODING), (choose, CHOICES)):
-        for name, case in cases.items():
+def call_all(device: str, kernels: tuple[str, ...] = ("portable", "hopper")) -> None:
+    for name, case in ATTENTION.items():
+        attend(device, kernels, *case)
+        print(name, flush=True)
+    for call, cases in ((decode, DECODING), (choose, CHOICES)):
+        for name, case in cases.items() if "portable" in kernels else ():
             call(device, *case)
             print(name, flush=True)
 
 
 if __name__ == "__main__":
-    call_all("cuda")
+    call_all("cuda", tuple(sys.argv[1:]) or ("portable", "hopper"))
     torch.cuda.synchronize()
     print("all of them")
