@@ -70,7 +70,12 @@ class ChunkMemory:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def _free(self) -> int:
-        """Bytes that the allocator can still hand out: those of the device, and those it keeps unused."""
+        """Bytes that the allocator can still hand out: those of the device, of which this process may be allowed a
+        part, and those it keeps unused.
+        """
         if self.device.type != "cuda":
             return 0
-        return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - self._allocated()
+        free, total = torch.cuda.mem_get_info(self.device)
+        reserved = torch.cuda.memory_reserved(self.device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(self.device) * total)
+        return min(free, allowed - reserved) + reserved - self._allocated()
