@@ -5,6 +5,7 @@ are gone before the next one's are made.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import multiprocessing
@@ -143,6 +144,7 @@ def measure(
         records += heat_records
         along = []
         del cases, timed, candidates
+        gc.collect()  # models and their graphs refer to themselves
         if sizes.device == "cuda":
             torch.cuda.empty_cache()
     return records + benchmark.finish(name, records)
