@@ -345,6 +345,62 @@ def _(k, block_n, cu_k):
     return k.new_empty(B, S // block_n, H, D)
 
 
+def project_few(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    weights: Sequence[Tensor],
+    turned: Sequence[bool],
+    rings: Sequence[Tensor | None],
+    head_dim: int,
+    rotary: tuple[Tensor, Tensor],
+    places: Tensor | None,
+) -> list[Tensor]:
+    """Projections of norm(x), x `[B, T, K]` of the weights' dtype, for few tokens, validated; no gradient.
+
+    Args:
+        norm: the weight of RMSNorm, `[K]`; weights: each `[N, K]`, contiguous.
+        turned: whether a projection is turned by `rotary`, cos and sin float32 `[B, T, head_dim / 2]`.
+        rings: `[B, H, R, head_dim]`, contiguous, where a projection is written to; None returns it, `[B, T, N]`.
+        places: int64 `[B · T]`, in rings.
+    """
+    from .kernels.linear import Part, project
+
+    x_rows, outs, parts = x.flatten(0, 1).contiguous(), [], []
+    for weight, turn, ring in zip(weights, turned, rings):
+        N = len(weight)
+        if ring is None:
+            outs.append(x.new_empty(*x.shape[:2], N))
+            parts.append(Part(weight, outs[-1], N, N, head_dim, int(turn), 0))
+        else:
+            parts.append(Part(weight, ring, N, 0, ring.stride(1), int(turn), 1))
+    with _on(x):
+        angles = tuple(a.flatten(0, 1).contiguous() for a in rotary) if any(turned) else None
+        project(x_rows, norm, eps, parts, head_dim, rotary=angles, places=places)
+    return outs
+
+
+def add_few(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """x + y weightᵀ for few tokens, validated: y `[B, T, K]`, weight `[N, K]`, contiguous; no gradient."""
+    from .kernels.linear import Part, project
+
+    N, out = len(weight), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with _on(x):
+        rows = y.flatten(0, 1).contiguous()
+        project(rows, None, 0.0, [Part(weight, out, N, N, N, 0, 0)], N, residual=x.contiguous())
+    return out
+
+
+def gate_few(x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(norm(x) gateᵀ) · (norm(x) upᵀ) for few tokens, validated: x `[B, T, K]`, gate and up `[N, K]`, contiguous;
+    no gradient.
+    """
+    from .kernels.linear import gated
+
+    with _on(x):
+        return gated(x.flatten(0, 1).contiguous(), norm, eps, gate, up).unflatten(0, x.shape[:2])
+
+
 def _domain(q, k, indices, counts, cu_q, cu_k, block_m, block_n, window):
     from .kernels.domain import Domain
 

@@ -73,6 +73,19 @@ _AMPERE = {
 }
 
 
+class LinearTile(NamedTuple):
+    columns: int  # of the output
+    depth: int  # of the sums, at a time
+    warps: int
+
+
+def linear_tile(arch: int, gated: bool = False) -> LinearTile:
+    """The tile of a linear layer for few tokens; `gated` ones read two weights."""
+    if arch == 0:
+        return LinearTile(16, 32, 4)
+    return LinearTile(4, 512, 2) if gated else LinearTile(4, 1024, 4)
+
+
 class Packing(NamedTuple):
     """Tokens and heads of a query tile; all but the last are powers of two."""
 

@@ -34,6 +34,10 @@ CHOICES = {  # B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, lengths on t
     "choice in decoding": (4, 1, 16384, 64, 8, 128, 1, 64, "pair_mean", [(64, math.inf)], True),
     "choice beyond the registers": (1, 8, 20000, 8, 2, 256, 4, 64, "pair_mean", [(600, 0.5)], True),
 }
+LINEAR = {  # tokens, hidden size, query and KV heads, head dimension, intermediate size
+    "linear layers, one token": (1, 1024, 16, 2, 128, 4096),
+    "linear layers, two tokens, odd sizes": (2, 200, 6, 2, 24, 300),
+}
 PAGES = 16
 
 
@@ -89,11 +93,24 @@ def choose(device, B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, ragged) 
     )
 
 
+def project(device, T, hidden, HQ, H, D, intermediate) -> None:
+    def make(*shape):
+        return torch.randn(*shape, device=device).bfloat16()
+
+    x, norm, ring = make(1, T, hidden), make(hidden), make(1, H, 8, D)
+    angles, places = torch.randn(2, 1, T, D // 2, device=device).unbind(0), torch.arange(T, device=device) * D
+    weights = make(HQ * D, hidden), make(HQ // 2, hidden), make(H * D, hidden)
+    rings = None, None, ring
+    ops.project_few(x, norm, 1e-5, weights, (True, False, True), rings, D, angles, places)
+    gated = ops.gate_few(x, norm, 1e-5, *make(2, intermediate, hidden))
+    ops.add_few(x, gated, make(hidden, intermediate))
+
+
 def call_all(device: str, kernels: tuple[str, ...] = ("portable", "hopper")) -> None:
     for name, case in ATTENTION.items():
         attend(device, kernels, *case)
         print(name, flush=True)
-    for call, cases in ((decode, DECODING), (choose, CHOICES)):
+    for call, cases in ((decode, DECODING), (choose, CHOICES), (project, LINEAR)):
         for name, case in cases.items() if "portable" in kernels else ():
             call(device, *case)
             print(name, flush=True)

@@ -91,6 +91,7 @@ def assert_near(logits, expected):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9 if exact else 2e-3 * expected.abs().max().item())
 
 
+@torch.no_grad()
 def by_step(model, cache, ids):
     """Logits of `step` on tensors of its own."""
     cache.advance(ids.shape[1])
@@ -397,19 +398,20 @@ def test_inside_and_outside_of_inference_mode(device, counted):
 @pytest.mark.gpu
 @pytest.mark.parametrize("self_decoder", SELF_DECODERS)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_replay_is_the_step_bit_for_bit_and_waits_for_nothing(self_decoder, mode):
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_replay_is_the_step_bit_for_bit_and_waits_for_nothing(B, mode, self_decoder):
     """Sizes as of a model, in bfloat16; 1 and 4 tokens at a time, over page boundaries."""
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "head_dim": 64, "sliding_window": 128}
     blocks = {"sparse_block_n": 64, "sparse_budget": 8, "sparse_noise_budget": 4}
     model = tiny_model(torch.bfloat16, self_decoder=self_decoder, sparse_mode=mode, **sizes, **blocks).cuda()
-    tokens = torch.randint(1, VOCAB, (3, 1200), device="cuda")
-    caches = [model.new_cache(3, 1500, max_rollback=3) for _ in range(2)]
+    tokens = torch.randint(1, VOCAB, (B, 1200), device="cuda")
+    caches = [model.new_cache(B, 1500, max_rollback=3) for _ in range(2)]
     for cache in caches:
         model.prefill(tokens, cache=cache)
     try:
         for i in range(140):
             T = 4 if i % 3 == 2 else 1
-            ids = torch.randint(1, VOCAB, (3, T), device="cuda")
+            ids = torch.randint(1, VOCAB, (B, T), device="cuda")
             torch.cuda.set_sync_debug_mode("error" if i > 6 else "default")
             logits = model.decode(ids, caches[0])
             torch.cuda.set_sync_debug_mode("default")

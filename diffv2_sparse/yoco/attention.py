@@ -19,7 +19,8 @@ from ..cache import PagedKV, RowLists, SharedKVCache, WindowState
 from ..selection import BlockSelection
 from ..selectors import select_blocks
 from .configuration import DiffV2YocoConfig
-from .layers import Rotary, apply_rotary
+from .few_tokens import Projection, add_projection, project
+from .layers import RMSNorm, Rotary, apply_rotary
 from .layout import Following, Layout, running_sum
 from .reading import FOLDED_TOKENS, Group, Reading, Rows
 
@@ -84,18 +85,18 @@ class DiffV2Attention(nn.Module):
         out = self.o_proj(o.flatten(-2)).view(hidden.shape)
         return out, WindowState(reach.keep(state.k, k), reach.keep(state.v, v))
 
-    def step(self, hidden: Tensor, rotary: Rotary, following: Following, state: WindowState) -> Tensor:
-        """`extend` for few tokens `[B, T, hidden_size]`, T ≤ max_rollback + 1, which changes `state` in place; its
-        tensors are contiguous.
+    def step(self, x: Tensor, norm: RMSNorm, rotary: Rotary, following: Following, state: WindowState) -> Tensor:
+        """x + `extend`(norm(x)) for few tokens `[B, T, hidden_size]`, T ≤ max_rollback + 1, which changes `state` in
+        place; its tensors are contiguous.
         """
-        q, k, v = self._project(hidden, rotary)
+        own = Projection(self.q_proj, turned=True), Projection(self.lambda_proj)
+        kept = Projection(self.k_proj, turned=True, ring=state.k), Projection(self.v_proj, ring=state.v)
+        q, lam_logit = project(x, norm, (*own, *kept), self.head_dim, rotary, following)
         _, H, R, D = state.k.shape
-        for ring, x in zip(state, (k, v)):
-            ring[following.sequence, :, following.positions % R] = x.to(ring.dtype)
         pages = PagedKV(*(ring.view(-1, 1, D) for ring in state), *following.ring_pages(self.window, H, R))
-        q, lam_logit = (x.flatten(0, 1)[:, None] for x in (q.to(state.k.dtype), self.lambda_proj(hidden)))
-        o = diff_attention_paged(q, lam_logit, pages, backend=self.config.paged_backend)
-        return self.o_proj(o.flatten(-2).view(*hidden.shape[:2], -1))
+        q = q.to(state.k.dtype).view(pages.lengths.shape[0], 1, -1, D)
+        o = diff_attention_paged(q, lam_logit.flatten(0, 1)[:, None], pages, backend=self.config.paged_backend)
+        return add_projection(x, o.view(*x.shape[:2], -1), self.o_proj)
 
     def _project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """q `[B, T, 2·HO, D]` and k `[B, T, H, D]`, turned by their positions, and v `[B, T, H, D]`."""
@@ -154,28 +155,31 @@ class CrossAttention(nn.Module):
 
     def read(
         self,
-        hidden: Tensor,
+        x: Tensor,
+        norm: RMSNorm,
         rotary: Rotary,
         cache: SharedKVCache,
         reading: Reading,
         held: RowLists | None,
         chosen: Choice | None = None,
     ) -> tuple[Tensor, Choice]:
-        """The tokens of `reading` over the shared cache, without gradients.
+        """x + attention(norm(x)) for the tokens of `reading` over the shared cache, without gradients.
 
         Args:
-            hidden: `[1, M, hidden_size]`.
+            x: `[1, M, hidden_size]`.
             held: this layer's lists of the rows that were open when the call began.
             chosen: what to read, where an earlier layer has chosen it.
         """
-        q, lam_logit = self._queries(hidden, rotary)[0].to(cache.spec.dtype), self.lambda_proj(hidden)[0]
+        own = Projection(self.q_proj, turned=self.config.cross_position == "rope"), Projection(self.lambda_proj)
+        (q,), (lam_logit,) = project(x, norm, own, self.head_dim, rotary)
+        q = q.to(cache.spec.dtype).unflatten(-1, (-1, self.head_dim))
         chosen, out = chosen or Choice.of(self.config, q, cache, reading, held), []
         for group, selection in zip(reading.groups, chosen.selections):
-            own_q, own_lam_logit = (x[group.tokens].unflatten(0, (-1, group.T)) for x in (q, lam_logit))
+            own_q, own_lam_logit = (each[group.tokens].unflatten(0, (-1, group.T)) for each in (q, lam_logit))
             pages = cache.pages(group.sequence, group.lengths, selection)
             o = diff_attention_paged(own_q, own_lam_logit, pages, selection, backend=self.config.paged_backend)
             out.append(o.flatten(0, 1))
-        return self.o_proj(torch.cat(out).flatten(-2))[None], chosen
+        return add_projection(x, torch.cat(out).flatten(-2)[None], self.o_proj), chosen
 
     def _queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
         q = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))

@@ -14,7 +14,8 @@ from ..cache import RowLists, SelfState, SharedKVCache
 from ..selection import BlockSelection
 from .attention import Choice, CrossAttention, DiffV2Attention
 from .configuration import DiffV2YocoConfig
-from .layers import RMSNorm, Rotary, SwiGLU, apply_rotary
+from .few_tokens import Projection, add_mlp, project
+from .layers import RMSNorm, Rotary, SwiGLU
 from .layout import Following, Layout
 from .reading import Reading
 from .retention import GatedRetention
@@ -45,8 +46,8 @@ class SelfDecoderLayer(GradientCheckpointingLayer):
 
     def step(self, hidden: Tensor, rotary: Rotary, following: Following, state: SelfState) -> Tensor:
         """`extend` for few tokens, which changes `state` in place."""
-        hidden = hidden + self.mixer.step(self.mixer_norm(hidden), rotary, following, state)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        hidden = self.mixer.step(hidden, self.mixer_norm, rotary, following, state)
+        return add_mlp(hidden, self.mlp_norm, self.mlp)
 
 
 class SharedKV(nn.Module):
@@ -63,9 +64,10 @@ class SharedKV(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, size, bias=False)
 
     def forward(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        hidden = self.norm(hidden)
-        k, v = (p(hidden).unflatten(-1, (-1, self.config.head_dim)) for p in (self.k_proj, self.v_proj))
-        return (apply_rotary(k, rotary) if self.config.cross_position == "rope" else k), v
+        turned = self.config.cross_position == "rope"
+        both = Projection(self.k_proj, turned=turned), Projection(self.v_proj)
+        k, v = project(hidden, self.norm, both, self.config.head_dim, rotary)
+        return tuple(x.unflatten(-1, (-1, self.config.head_dim)) for x in (k, v))
 
 
 class CrossDecoderLayer(GradientCheckpointingLayer):
@@ -104,6 +106,5 @@ class CrossDecoderLayer(GradientCheckpointingLayer):
         chosen: Choice | None,
     ) -> tuple[Tensor, Choice]:
         """`forward` for the tokens of `reading`, over the shared cache."""
-        mixed, chosen = self.mixer.read(self.mixer_norm(hidden), rotary, cache, reading, held, chosen)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.mlp_norm(hidden)), chosen
+        hidden, chosen = self.mixer.read(hidden, self.mixer_norm, rotary, cache, reading, held, chosen)
+        return add_mlp(hidden, self.mlp_norm, self.mlp), chosen

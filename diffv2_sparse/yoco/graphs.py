@@ -111,7 +111,8 @@ def step(model: DiffV2YocoModel, at: StepTensors) -> Tensor:
         groups=(Group(slice(None), T, slice(None), lengths),),
         rows=None,
     )
-    hidden, _ = model.read(hidden.view(1, B * T, -1), shared, everything, (None,) * len(model.cross_layers))
+    rotary = tuple(angles.view(1, B * T, -1) for angles in rotary)
+    hidden, _ = model.read(hidden.view(1, B * T, -1), rotary, shared, everything, (None,) * len(model.cross_layers))
     at.lengths.copy_(lengths)
     return hidden.view(B, T, -1)
 

@@ -97,6 +97,19 @@ class Following:
     def _rings(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
         return {}
 
+    @cached_property
+    def _places(self) -> dict[tuple[int, int, int], Tensor]:
+        return {}
+
+    def ring_places(self, kv_heads: int, ring: int, head_dim: int) -> Tensor:
+        """Where each token goes in rings `[B, H, R, D]`, int64 `[B · T]`: its first head, in elements from the
+        beginning. Worked out once for all layers.
+        """
+        if (kv_heads, ring, head_dim) not in self._places:
+            slot = self.sequence * (kv_heads * ring) + self.positions % ring
+            self._places[kv_heads, ring, head_dim] = (slot * head_dim).flatten()
+        return self._places[kv_heads, ring, head_dim]
+
     def ring_pages(self, window: int, kv_heads: int, ring: int) -> tuple[Tensor, Tensor]:
         """The keys that each token sees in rings `[B, H, R, D]`, which hold these tokens, too, as pages of one key: a
         page table int32 `[B · T, H, window]` and lengths int32 `[B · T]`. Worked out once for all layers.

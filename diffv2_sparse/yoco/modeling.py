@@ -112,12 +112,17 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         return self.norm(hidden)
 
     def read(
-        self, hidden: Tensor, cache: SharedKVCache, reading: Reading, held: Sequence[RowLists | None]
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        cache: SharedKVCache,
+        reading: Reading,
+        held: Sequence[RowLists | None],
     ) -> tuple[Tensor, tuple[RowLists | None, ...]]:
-        """The cross-decoder over the shared cache, for the tokens of `reading`, `[1, M, hidden_size]`; `held` and the
-        second result are each layer's lists of the rows that are open, before and after.
+        """The cross-decoder over the shared cache, for the tokens of `reading`, `[1, M, hidden_size]`, and their
+        angles; `held` and the second result are each layer's lists of the rows that are open, before and after.
         """
-        rotary, open_rows = self.rotary(reading.positions), []
+        open_rows = []
         for i, (layer, rows) in enumerate(zip(self.cross_layers, held)):
             if i % self.config.sparse_share_layers == 0:
                 chosen = None
@@ -203,7 +208,8 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         reading = Reading.of(layout, asked, block_m)
         held = cache.held if choice == cache.held_choice else (None,) * len(self.cross_layers)  # then no row is open
         if reading.tokens.shape[0]:
-            (hidden,), held = self.read(hidden.flatten(0, 1)[reading.tokens][None], cache, reading, held)
+            rotary = self.rotary(reading.positions)
+            (hidden,), held = self.read(hidden.flatten(0, 1)[reading.tokens][None], rotary, cache, reading, held)
         else:
             hidden = hidden.new_zeros(0, hidden.shape[-1])
         cache.held, cache.held_choice = held, choice

@@ -135,8 +135,11 @@ class GatedRetention(nn.Module):
             o, state = self._retain_and_keep(q, k, v, log_decay, state, layout)
         return self._gated(hidden, o), state
 
-    def step(self, hidden: Tensor, rotary: Rotary, following: Following, state: RetentionState) -> Tensor:
-        """`extend` for few tokens `[B, T, hidden_size]`, T ≤ max_rollback + 1, which changes `state` in place."""
+    def step(self, x: Tensor, norm: RMSNorm, rotary: Rotary, following: Following, state: RetentionState) -> Tensor:
+        """x + `extend`(norm(x)) for few tokens `[B, T, hidden_size]`, T ≤ max_rollback + 1, which changes `state` in
+        place.
+        """
+        hidden = norm(x)
         inputs, outputs = self._project(hidden, rotary), []
         sequence, slots = following.sequence[:, 0], state.memory.shape[1]
         memory = state.memory[sequence, following.positions[:, 0] % slots]
@@ -144,7 +147,7 @@ class GatedRetention(nn.Module):
             o, memory = self._retain(*(x[:, t : t + 1] for x in inputs), memory, None)
             outputs.append(o)
             state.memory[sequence, (following.positions[:, t] + 1) % slots] = memory.to(state.memory.dtype)
-        return self._gated(hidden, torch.cat(outputs, 1))
+        return x + self._gated(hidden, torch.cat(outputs, 1))
 
     def _project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v `[B, T, heads, D]`, the first two turned by their positions, and log γ `[B, T, heads]`."""
