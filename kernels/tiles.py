@@ -83,7 +83,7 @@ def linear_tile(arch: int, gated: bool = False) -> LinearTile:
     """The tile of a linear layer for few tokens; `gated` ones read two weights."""
     if arch == 0:
         return LinearTile(16, 32, 4)
-    return LinearTile(4, 512, 2) if gated else LinearTile(4, 1024, 4)
+    return LinearTile(16, 256, 4) if gated else LinearTile(4, 1024, 4)
 
 
 class Packing(NamedTuple):

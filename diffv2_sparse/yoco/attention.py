@@ -179,7 +179,8 @@ class CrossAttention(nn.Module):
             pages = cache.pages(group.sequence, group.lengths, selection)
             o = diff_attention_paged(own_q, own_lam_logit, pages, selection, backend=self.config.paged_backend)
             out.append(o.flatten(0, 1))
-        return add_projection(x, torch.cat(out).flatten(-2)[None], self.o_proj), chosen
+        o = torch.cat(out) if len(out) > 1 else out[0]
+        return add_projection(x, o.flatten(-2)[None], self.o_proj), chosen
 
     def _queries(self, hidden: Tensor, rotary: Rotary) -> Tensor:
         q = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
