@@ -93,7 +93,8 @@ class DiffV2Attention(nn.Module):
         kept = Projection(self.k_proj, turned=True, ring=state.k), Projection(self.v_proj, ring=state.v)
         q, lam_logit = project(x, norm, (*own, *kept), self.head_dim, rotary, following)
         _, H, R, D = state.k.shape
-        pages = PagedKV(*(ring.view(-1, 1, D) for ring in state), *following.ring_pages(self.window, H, R))
+        keys, table, lengths = following.ring_pages(self.window, H, R)
+        pages = PagedKV(*(ring.view(-1, keys, D) for ring in state), table, lengths)
         q = q.to(state.k.dtype).view(pages.lengths.shape[0], 1, -1, D)
         o = diff_attention_paged(q, lam_logit.flatten(0, 1)[:, None], pages, backend=self.config.paged_backend)
         return add_projection(x, o.view(*x.shape[:2], -1), self.o_proj)

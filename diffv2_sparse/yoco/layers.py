@@ -51,8 +51,9 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
     The angles are float64 until then: at position 10⁶ a float32 product is off by several hundredths of a radian.
     """
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
-    angles = positions[..., None].double() * frequencies
+    last, device = 2 / head_dim - 1, positions.device
+    frequencies = torch.logspace(0, last, head_dim // 2, base=theta, dtype=torch.float64, device=device)
+    angles = positions[..., None] * frequencies
     wide = torch.promote_types(dtype, torch.float32)
     return angles.cos().to(wide), angles.sin().to(wide)
 

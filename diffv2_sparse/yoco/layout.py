@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,16 @@ class WindowReach:
         return out.unflatten(0, (B, slots)).transpose(1, 2)
 
 
+class RingPages(NamedTuple):
+    """Rings `[B, H, R, D]` as pages: the keys of a page, a page table int32 `[B · T, H, pages]`, and how many keys each
+    token sees, int32 `[B · T]`.
+    """
+
+    keys: int
+    table: Tensor
+    lengths: Tensor
+
+
 @dataclass(frozen=True)
 class Following:
     """T more tokens of each of B sequences, placed by the device's numbers alone, as a captured graph needs it.
@@ -94,7 +105,7 @@ class Following:
         return torch.arange(len(self.positions), device=self.positions.device)[:, None]
 
     @cached_property
-    def _rings(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
+    def _rings(self) -> dict[tuple[int, int, int], RingPages]:
         return {}
 
     @cached_property
@@ -106,25 +117,29 @@ class Following:
         beginning. Worked out once for all layers.
         """
         if (kv_heads, ring, head_dim) not in self._places:
-            slot = self.sequence * (kv_heads * ring) + self.positions % ring
+            slot = torch.add(self.positions % ring, self.sequence, alpha=kv_heads * ring)
             self._places[kv_heads, ring, head_dim] = (slot * head_dim).flatten()
         return self._places[kv_heads, ring, head_dim]
 
-    def ring_pages(self, window: int, kv_heads: int, ring: int) -> tuple[Tensor, Tensor]:
-        """The keys that each token sees in rings `[B, H, R, D]`, which hold these tokens, too, as pages of one key: a
-        page table int32 `[B · T, H, window]` and lengths int32 `[B · T]`. Worked out once for all layers.
+    def ring_pages(self, window: int, kv_heads: int, ring: int) -> RingPages:
+        """The keys that each token sees in rings `[B, H, R, D]`, which hold these tokens, too. Worked out once for all
+        layers.
 
         T ≤ R − window + 1: more would overwrite what the first of them sees.
         """
         if (window, kv_heads, ring) not in self._rings:
             B, T = self.positions.shape
             device = self.positions.device
-            first = (self.positions - window + 1).clamp(min=0)
-            slot = (first[..., None] + torch.arange(window, device=device)) % ring  # [B, T, window]
-            before = torch.arange(B * kv_heads, device=device).view(B, 1, kv_heads, 1) * ring
-            table = (before + slot[:, :, None]).flatten(0, 1).int()
-            lengths = (self.positions - first + 1).flatten().int()
-            self._rings[window, kv_heads, ring] = table, lengths
+            if ring == window:  # then T is 1, and a token sees all that its ring holds, in whatever order
+                table = torch.arange(B * kv_heads, device=device, dtype=torch.int32).view(B, kv_heads, 1)
+                pages = RingPages(ring, table, (self.positions[:, 0] + 1).clamp(max=ring).int())
+            else:
+                first = (self.positions - window + 1).clamp(min=0)
+                slot = (first[..., None] + torch.arange(window, device=device)) % ring  # [B, T, window]
+                before = torch.arange(B * kv_heads, device=device).view(B, 1, kv_heads, 1) * ring
+                table = (before + slot[:, :, None]).flatten(0, 1).int()
+                pages = RingPages(1, table, (self.positions - first + 1).flatten().int())
+            self._rings[window, kv_heads, ring] = pages
         return self._rings[window, kv_heads, ring]
 
 
