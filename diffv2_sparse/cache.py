@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .cache_spec import CacheSpec, RetentionState, RowLists, SelfState, WindowState
-from .offload import RESIDENT_BLOCKS, OffloadedPool, selected_pages
+from .offload import RESIDENT_BLOCKS, OffloadedPool
 from .pages import PagedKV, PagePool, PageTable, sent
 from .selection import BlockSelection
 
@@ -234,16 +234,13 @@ class SharedKVCache:
             selection: what will be read; with `offload` only that is there, until the next call.
 
         Raises:
-            ValueError: with `offload`, no selection, or more pages than there is room for.
+            ValueError: with `offload`, no selection, or one of more pages than there is room for.
         """
         used = -(-max(self.tokens) // self.spec.block_n)
         lengths = self.lengths[sequence] if lengths is None else lengths
         table = self.page_table[sequence, :, :used]
-        if self.offload is None:
-            return PagedKV(self.k_pages, self.v_pages, table, lengths)
         self.check_sparse(selection is not None)
-        self.pool.fetch(selected_pages(table, selection))
-        return PagedKV(self.pool.k_slots, self.pool.v_slots, self.pool.slots(table), lengths)
+        return self.pool.paged(table, lengths, selection)
 
     def check_sparse(self, sparse: bool) -> None:
         """Raises ValueError where dense attention would need pages that are not on the device."""

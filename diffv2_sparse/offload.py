@@ -4,21 +4,24 @@
 summaries and the page tables, which the choice of blocks needs whole, and `resident_blocks` · H *slots*, each room for
 one page. A page in a slot is a copy: whatever is written goes to both, so a slot can be given away at any time.
 
-**Reading.** The choice of blocks is made on the device. The pages that it names are looked up through the page table
-there, and their numbers go to the host: the one wait per layer. Those that no slot holds are gathered into pinned
-memory and sent; they take the slots that have not been read for the longest. `PagedKV` then consists of the slots and
-of a page table that maps key blocks to slots, −1 where there is none, so that kernels need no change. All layers and
-all caches over a pool share its slots: as the layers read one K/V, a page that several of them choose is there once.
-A model makes a cache with slots for the lists of all layers that choose: so what the last step read stays, and a step
-fetches only what none of them read then.
+**Reading.** Pinned memory has addresses that the device can read, so it fetches for itself and the host is never asked:
+kernels look the chosen pages up, give those that no slot holds the slots that have not been read for the longest, and
+copy them (kernels/fetch.py). `PagedKV` then consists of the slots and of a page table that maps the chosen key blocks
+to slots, −1 elsewhere, so that kernels of attention need no change. A step is launches alone and can be a CUDA graph.
+Without such kernels the same is done in torch, slot for slot, and the host waits for the lists.
 
-**Writing.** New tokens are laid out as whole pages in a small pool on the device, which begins with what the open pages
-held; summaries are computed there, by the code of any other pool; then the pages are sent to the host, and to the slots
-that hold them. A prompt so takes memory for one chunk of it, not for itself.
+All layers and all caches over a pool share its slots: as the layers read one K/V, a page that several of them choose is
+there once. A model makes a cache with slots for the lists of all layers that choose: so what the last step read stays,
+and a step fetches only what none of them read then.
 
-**Sharing, truncating.** Books, copies on write and lengths are those of `pages.py`; a copy is made on the host, and the
-page it overwrites leaves its slot. **Refused**: dense attention, which would fetch everything for each token, a read of
-more pages than there are slots, and CUDA graphs of steps, as fetching asks the host.
+**Writing.** A few tokens are written to the host and to the slots by one kernel. Those of a prompt are laid out as
+whole pages in a small pool on the device, which begins with what the open pages held; summaries are computed there, by
+the code of any other pool; then the pages are sent to the host, and to the slots that hold them. A prompt so takes
+memory for one chunk of it, not for itself.
+
+**Sharing, truncating.** Books, copies on write and lengths are those of `pages.py`; a page that a copy overwrites
+leaves its slot. **Refused**: dense attention, which would fetch everything for each token, and a read of more pages
+than there are slots.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .pages import PagePool, sent
+from . import ops
+from .pages import PagedKV, PagePool, sent
 from .selection import BlockSelection
 
 RESIDENT_BLOCKS = 64  # per sequence and cross-decoder layer, where a caller does not say
+FEW_TOKENS = 256  # that are written one by one, not as pages
 
 
 class OffloadedPool(PagePool):
@@ -40,8 +45,13 @@ class OffloadedPool(PagePool):
     Attributes:
         k_slots, v_slots: `[resident_blocks · H + 1, block_n, D]` on the device; the last slot is written in place of
             pages that have none.
-        slot_of: int32 `[pages]` on the device, the slot of every page, −1 where it has none.
-        fetched: pages that were sent to the device to be read, so far.
+        slot_of: int32 `[pages]`, the slot of every page, −1 where it has none.
+        page_in: int32 `[slots + 1]`, the page in every slot, −1 where there is none.
+        order: int32 `[2, slots]`, the slots from the least to the most recently read; read `clock` wrote row
+            `(clock + 1) % 2` from the other.
+        last_read: int64 `[slots]`, when every slot was last found to hold what a read wanted, by `clock`.
+        claims: int64 `[pages]`, which place of a list fetches a page (kernels/fetch.py).
+        clock: int64 `[1]`, reads so far.
     """
 
     def __init__(
@@ -55,27 +65,30 @@ class OffloadedPool(PagePool):
         resident_blocks: int,
     ):
         super().__init__(blocks, kv_heads, block_n, head_dim, dtype, device)
-        slots = resident_blocks * kv_heads
+        slots, pages = resident_blocks * kv_heads, blocks * kv_heads
         self.k_slots, self.v_slots = (
             torch.zeros(slots + 1, block_n, head_dim, dtype=dtype, device=device) for _ in range(2)
         )
-        self.slot_of = torch.full((blocks * kv_heads,), -1, dtype=torch.int32, device=device)
-        self.fetched = 0
-        # the same on the host, by which slots are given: the slot of every page, the page in every slot, its last read
-        self._slot_of = torch.full((blocks * kv_heads,), -1)
-        self._page_in = torch.full((slots,), -1)
-        self._last_read = torch.zeros(slots, dtype=torch.long)
-        self._reads = 0
-        self._sent_home: torch.cuda.Event | None = None  # after the last pages that were sent to the host
+        self.slot_of = torch.full((pages,), -1, dtype=torch.int32, device=device)
+        self.page_in = torch.full((slots + 1,), -1, dtype=torch.int32, device=device)
+        self.order = torch.arange(slots, dtype=torch.int32, device=device).repeat(2, 1)
+        self.last_read = torch.zeros(slots, dtype=torch.long, device=device)
+        self.claims = torch.zeros(pages, dtype=torch.long, device=device)
+        self.clock, self._fetched = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
 
     def __getstate__(self) -> dict:
         self._wait()
-        return vars(self) | {"_sent_home": None}
+        return vars(self)
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         if self._device.type == "cuda":
             self.k_pages, self.v_pages = self.k_pages.pin_memory(), self.v_pages.pin_memory()
+
+    @property
+    def fetched(self) -> int:
+        """Pages that were sent to the device to be read, so far; waits for it."""
+        return int(self._fetched)
 
     @property
     def _device(self) -> torch.device:
@@ -96,6 +109,11 @@ class OffloadedPool(PagePool):
         new: Sequence[int],
         full: Sequence[int],
     ) -> None:
+        if by_kernels(self.k_slots) and len(k) <= FEW_TOKENS:
+            self.write(k, v, block, slot)
+            if full:
+                self.summarise(sent(full, torch.long, self._device))
+            return
         H, touched = self.kv_heads, [*open_, *new]
         stage = PagePool(len(touched), H, *self.k_slots.shape[1:], self.k_slots.dtype, self._device)
         for pages, own in ((self.k_pages, stage.k_pages), (self.v_pages, stage.v_pages)):
@@ -117,82 +135,128 @@ class OffloadedPool(PagePool):
             resident[slots] = own
             for i, n, blocks in _runs(touched):
                 pages[n * H : (n + blocks) * H].copy_(own[i * H : (i + blocks) * H], non_blocking=True)
-        if self._device.type == "cuda":
-            self._sent_home = torch.cuda.Event()
-            self._sent_home.record(torch.cuda.current_stream(self._device))
+
+    def write(self, k: Tensor, v: Tensor, block: Tensor, slot: Tensor) -> None:
+        if by_kernels(self.k_slots):
+            pages = self.k_pages, self.v_pages, self.k_slots, self.v_slots
+            ops.triton_write_pages(k.detach(), v.detach(), block, slot, self.slot_of, *pages)
+            return
+        self._wait()
+        page = block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)
+        for pages, resident, x in ((self.k_pages, self.k_slots, k), (self.v_pages, self.v_slots, v)):
+            x = x.detach().to(pages.dtype)
+            pages[page.cpu(), slot[:, None].cpu()] = x.cpu()
+            resident[self.slot_of[page].long(), slot[:, None]] = x  # −1, the last, where there is none
 
     def copy(self, origins: Sequence[int], copies: Sequence[int]) -> None:
+        blocks = sent([origins, copies], torch.long, self._device)
+        origin, copied = self._pages(blocks[0]), self._pages(blocks[1])
+        self.page_in[self.slot_of[copied].long()] = -1  # the last, where there is none
+        self.slot_of[copied] = -1
+        if by_kernels(self.k_slots):
+            ops.triton_copy_pages(self.k_pages, self.v_pages, self.k_pages, self.v_pages, origin, copied)
+            return
         self._wait()
-        origin, copied = (self._pages(torch.tensor(blocks)) for blocks in (origins, copies))
-        self._forget(self._slot_of[copied])
         for pages in (self.k_pages, self.v_pages):
-            pages[copied] = pages[origin]
+            pages[copied.cpu()] = pages[origin.cpu()]
 
     def grow(self, blocks: int) -> None:
         self._wait()
-        more = max(0, blocks - len(self.holders)) * self.kv_heads
-        slots = [torch.cat([x, x.new_full((more,), -1)]) for x in (self.slot_of, self._slot_of)]
-        super().grow(blocks)
-        self.slot_of, self._slot_of = slots
+        more = (blocks - len(self.holders)) * self.kv_heads
+        if more > 0:
+            slot_of = torch.cat([self.slot_of, self.slot_of.new_full((more,), -1)])
+            claims = torch.cat([self.claims, self.claims.new_zeros(more)])
+            super().grow(blocks)
+            self.slot_of, self.claims = slot_of, claims
+
+    def _keys(self, page: Tensor) -> Tensor:
+        if by_kernels(self.k_slots):
+            keys = torch.empty(len(page), *self.k_slots.shape[1:], dtype=self.k_slots.dtype, device=self._device)
+            ops.triton_copy_pages(self.k_pages, None, keys, None, page, torch.arange(len(page), device=self._device))
+            return keys
+        self._wait()
+        return self.k_pages[page.cpu()].to(self._device)
 
     # Reading
 
-    def fetch(self, pages: Tensor) -> None:
-        """Sees to it that pages are in slots; waits for the device.
+    def holds(self, places: int) -> bool:
+        """Whether lists of one KV head with so many places in all are sure to fit, whatever they name."""
+        return places * self.kv_heads < len(self.page_in)
 
-        Args:
-            pages: integers of any shape on the device; −1 is none, as is any other that does not exist.
+    def paged(self, page_table: Tensor, lengths: Tensor, selection: BlockSelection | None) -> PagedKV:
+        """Fetches what the selection names; nothing else is in the pages that are returned, until the next call.
 
         Raises:
-            ValueError: they are more than there are slots. Nothing changes.
+            ValueError: it names more pages than there are slots. Nothing changes.
         """
-        wanted = pages.flatten().to("cpu", torch.long)
-        wanted = wanted[(wanted >= 0) & (wanted < len(self._slot_of))].unique()
-        H, slots = self.kv_heads, len(self._page_in)
-        if len(wanted) > slots:
+        if selection.indices.numel() >= len(self.page_in):
+            self._check_fits(selected_pages(page_table, selection, len(self.slot_of)))
+        try:
+            view = self._read(page_table, selection)
+        except BaseException:  # what is in the slots is not known
+            self.slot_of.fill_(-1)
+            self.page_in.fill_(-1)
+            raise
+        return PagedKV(self.k_slots, self.v_slots, view, lengths)
+
+    def _check_fits(self, pages: Tensor) -> None:
+        """Waits for the device."""
+        needed, slots = len(pages[pages >= 0].unique()), len(self.page_in) - 1
+        if needed > slots:
             raise ValueError(
-                f"resident_blocks: expected at least {-(-len(wanted) // H)} for a read of {len(wanted)} pages, got "
-                f"{slots // H}; read fewer tokens at once, or make the cache with more"
+                f"resident_blocks: expected at least {-(-needed // self.kv_heads)} for a read of {needed} pages, got "
+                f"{slots // self.kv_heads}; read fewer tokens at once, or make the cache with more"
             )
-        own = self._slot_of[wanted]
-        self._reads += 1
-        self._last_read[own[own >= 0]] = self._reads
-        missing = wanted[own < 0]
-        if not len(missing):
-            return
-        given = self._last_read.topk(len(missing), largest=False).indices  # none of them is read now
-        self._forget(given)
+
+    def _read(self, page_table: Tensor, selection: BlockSelection) -> Tensor:
+        """The page table of slots, int32 `[B, H, NP]`."""
+        if by_kernels(self.k_slots):
+            lists, pages = (selection.indices, selection.counts, page_table), (self.k_pages, self.v_pages)
+            books = self.slot_of, self.page_in, self.order, self.last_read, self.claims, self.clock, self._fetched
+            return ops.triton_fetch(*lists, *pages, self.k_slots, self.v_slots, *books)
+        pages = selected_pages(page_table, selection, len(self.slot_of))
+        self._fetch(pages[pages >= 0])
+        B, H, NP = page_table.shape
+        view = torch.full((B, H, NP + 1), -1, dtype=torch.int32, device=self._device)
+        block = torch.where(pages >= 0, selection.indices, NP).movedim(2, 1).flatten(2)  # [B, H, C · NM · NB]
+        view.scatter_(2, block.long(), self.slot_of[pages].movedim(2, 1).flatten(2))
+        return view[..., :NP]
+
+    def _fetch(self, wanted: Tensor) -> None:
+        """What kernels/fetch.py does, in torch: pages int64 `[n]` that exist, in the order of the lists."""
+        self.clock += 1
+        now = int(self.clock)
+        own = self.slot_of[wanted].long()
+        self.last_read[own[own >= 0]] = now
+        missing, place = wanted[own < 0].unique(return_inverse=True)
+        first = torch.full_like(missing, len(wanted)).scatter_reduce(0, place, _count(place), "amin")
+        missing = missing[first.argsort()]
+        order = self.order[now % 2]
+        idle = self.last_read[order] != now
+        taken = idle & (idle.cumsum(0) <= len(missing))
+        given = order[taken].long()
+        old = self.page_in[given].long()
+        self.slot_of[old[old >= 0]] = -1
         self._wait()
-        at = _moved(given, self._device)
         for pages, resident in ((self.k_pages, self.k_slots), (self.v_pages, self.v_slots)):
-            resident[at] = _moved(pages, self._device, missing)
-        self.slot_of[_moved(missing, self._device)] = at.int()
-        self._slot_of[missing], self._page_in[given], self._last_read[given] = given, missing, self._reads
-        self.fetched += len(missing)
-
-    def slots(self, page_table: Tensor) -> Tensor:
-        """A page table int32 of any shape as one of slots; −1 for pages that have none or do not exist."""
-        exists = (page_table >= 0) & (page_table < len(self.slot_of))
-        return torch.where(exists, self.slot_of[page_table.long().clamp(0, len(self.slot_of) - 1)], -1)
-
-    def _forget(self, slots: Tensor) -> None:
-        """Empties slots, −1 being none."""
-        slots = slots[slots >= 0]
-        slots = slots[self._page_in[slots] >= 0]
-        pages = self._page_in[slots]
-        if len(pages):
-            self.slot_of.index_fill_(0, _moved(pages, self._device), -1)
-            self._slot_of[pages], self._page_in[slots] = -1, -1
+            resident[given] = pages[missing.cpu()].to(self._device)
+        self.page_in[given], self.slot_of[missing] = missing.int(), given.int()
+        self.order[1 - now % 2] = torch.cat([order[idle & ~taken], order[~idle | taken].flip(0)])
+        self._fetched += len(missing)
 
     def _wait(self) -> None:
         """Until the host has what was sent to it."""
-        if self._sent_home is not None:
-            self._sent_home.synchronize()
-            self._sent_home = None
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
-def selected_pages(page_table: Tensor, selection: BlockSelection) -> Tensor:
-    """The pages that lists name, int64 `[B, C, H, NM, NB]`, −1 past their ends.
+def by_kernels(slots: Tensor) -> bool:
+    """Whether pages can be moved by kernels."""
+    return slots.is_cuda and ops.obstacle(slots) is None
+
+
+def selected_pages(page_table: Tensor, selection: BlockSelection, pages: int) -> Tensor:
+    """The pages that lists name, int64 `[B, C, H, NM, NB]`, −1 past their ends and where there is none of so many.
 
     Args:
         page_table: int32 `[B, H, NP]`.
@@ -200,18 +264,12 @@ def selected_pages(page_table: Tensor, selection: BlockSelection) -> Tensor:
     indices, NP = selection.indices.long(), page_table.shape[-1]
     listed = torch.arange(indices.shape[-1], device=indices.device) < selection.counts[..., None]
     table = page_table[:, None, :, None].expand(*indices.shape[:-1], NP)
-    pages = table.gather(-1, indices.clamp(0, NP - 1)).long()
-    return torch.where(listed & (indices >= 0) & (indices < NP), pages, -1)
+    page = table.gather(-1, indices.clamp(0, NP - 1)).long()
+    return torch.where(listed & (indices >= 0) & (indices < NP) & (page >= 0) & (page < pages), page, -1)
 
 
-def _moved(x: Tensor, device: torch.device, rows: Tensor | None = None) -> Tensor:
-    """A tensor of the host, or rows of it, on the device, without waiting for it."""
-    if device.type != "cuda":
-        return x if rows is None else x[rows]
-    if rows is None:
-        return x.pin_memory().to(device, non_blocking=True)
-    gathered = torch.empty(len(rows), *x.shape[1:], dtype=x.dtype, pin_memory=True)
-    return torch.index_select(x, 0, rows, out=gathered).to(device, non_blocking=True)
+def _count(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device)
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -1,8 +1,9 @@
 """Backends "triton" and "hopper": the fused kernels as operators that autograd and torch.compile understand.
 
 `torch.library` operators, each a direct launch of `kernels/` (imported when first called): attention, forward and
-backward, decoding, the choice of blocks and their summaries. Lists pass no gradient, and neither does lse. "hopper" has
-kernels of its own for attention, for fewer shapes. Source of the formulas: the kernels.
+backward, decoding, the choice of blocks, their summaries, and moving an offloaded cache's pages. Lists pass no
+gradient, and neither does lse. "hopper" has kernels of its own for attention, for fewer shapes. Source of the formulas:
+the kernels.
 """
 
 from __future__ import annotations
@@ -343,6 +344,85 @@ def triton_summaries(k: Tensor, block_n: int, cu_k: Tensor | None) -> Tensor:
 def _(k, block_n, cu_k):
     B, S, H, D = k.shape
     return k.new_empty(B, S // block_n, H, D)
+
+
+@torch.library.custom_op(
+    "diffv2_sparse::fetch",
+    mutates_args=("k_slots", "v_slots", "slot_of", "page_in", "order", "last_read", "claims", "clock", "fetched"),
+)
+def triton_fetch(
+    indices: Tensor,
+    counts: Tensor,
+    page_table: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_slots: Tensor,
+    v_slots: Tensor,
+    slot_of: Tensor,
+    page_in: Tensor,
+    order: Tensor,
+    last_read: Tensor,
+    claims: Tensor,
+    clock: Tensor,
+    fetched: Tensor,
+) -> Tensor:
+    """Brings the pages on lists from the host's memory to slots; returns the page table of these, int32 `[B, H, NP]`.
+    What it changes is in `OffloadedPool`.
+    """
+    from .kernels.fetch import fetch
+
+    with _on(k_slots):
+        lists = indices.contiguous(), counts.contiguous(), _rows(page_table)
+        residence = k_slots, v_slots, slot_of, page_in, order, last_read, claims, clock, fetched
+        return fetch(*lists, k_pages, v_pages, *residence)
+
+
+@triton_fetch.register_fake
+def _(indices, counts, page_table, *rest):
+    return page_table.new_empty(page_table.shape)
+
+
+@torch.library.custom_op("diffv2_sparse::copy_pages", mutates_args=("k_to", "v_to"))
+def triton_copy_pages(
+    k_from: Tensor, v_from: Tensor | None, k_to: Tensor, v_to: Tensor | None, origins: Tensor, places: Tensor
+) -> None:
+    """Copies pages by the device, which holds the numbers int64 `[n]`; the pages may be in pinned memory."""
+    from .kernels.fetch import copy_pages
+
+    with _on(origins):
+        copy_pages(k_from, v_from, k_to, v_to, origins, places)
+
+
+@triton_copy_pages.register_fake
+def _(k_from, v_from, k_to, v_to, origins, places):
+    return None
+
+
+@torch.library.custom_op("diffv2_sparse::write_pages", mutates_args=("k_pages", "v_pages", "k_slots", "v_slots"))
+def triton_write_pages(
+    k: Tensor,
+    v: Tensor,
+    block: Tensor,
+    offset: Tensor,
+    slot_of: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_slots: Tensor,
+    v_slots: Tensor,
+) -> None:
+    """Writes k and v `[N, H, D]` to rows `offset` of blocks `block`, int64 `[N]`: to pages in pinned memory and to the
+    slots that hold them.
+    """
+    from .kernels.fetch import write
+
+    with _on(slot_of):
+        rows = (x.to(k_pages.dtype).contiguous() for x in (k, v))
+        write(*rows, block.contiguous(), offset.contiguous(), slot_of, k_pages, v_pages, k_slots, v_slots)
+
+
+@triton_write_pages.register_fake
+def _(k, v, block, offset, slot_of, k_pages, v_pages, k_slots, v_slots):
+    return None
 
 
 def project_few(

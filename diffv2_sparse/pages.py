@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .selection import BlockSelection
 from .selectors import block_summaries
 
 
@@ -141,9 +142,12 @@ class PagePool:
 
     def summarise(self, block: Tensor) -> None:
         """Computes the summaries of blocks int64 `[N]` from their pages; those of open blocks mean nothing yet."""
-        keys = self.k_pages[self._pages(block)]  # [N · H, block_n, D]
-        means = block_summaries(keys[:, :, None], self.block_n)  # [N · H, 1, 1, D]
+        means = block_summaries(self._keys(self._pages(block))[:, :, None], self.block_n)  # [N · H, 1, 1, D]
         self.summaries[block] = means.view(-1, *self.summaries.shape[1:])
+
+    def paged(self, page_table: Tensor, lengths: Tensor, selection: BlockSelection | None) -> PagedKV:
+        """What attention reads of sequences with these pages and lengths, of all of them or of a selection."""
+        return PagedKV(self.k_pages, self.v_pages, page_table, lengths)
 
     def grow(self, blocks: int) -> None:
         """Enlarges the pool to `blocks`. The pages keep their numbers and move to other memory; both exist for a
@@ -169,6 +173,10 @@ class PagePool:
 
     def _new_pages(self, pages: int, block_n: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(pages, block_n, head_dim, dtype=dtype, device=device)
+
+    def _keys(self, page: Tensor) -> Tensor:
+        """The keys of pages int64 `[M]`, `[M, block_n, D]`."""
+        return self.k_pages[page]
 
     def _pages(self, block: Tensor) -> Tensor:
         return (block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)).flatten()

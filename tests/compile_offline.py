@@ -38,7 +38,16 @@ def pretend(arch: int) -> None:
 
 def compile_all(arch: int) -> None:
     # imported for its launchers, so that `arch_of` can be set everywhere
-    from diffv2_sparse.kernels import backward, choose, decode, forward, linear, summaries, tiles  # noqa: F401
+    from diffv2_sparse.kernels import (  # noqa: F401
+        backward,
+        choose,
+        decode,
+        fetch,
+        forward,
+        linear,
+        summaries,
+        tiles,
+    )
 
     pretend(arch)
     tiles_of = tiles.arch_of

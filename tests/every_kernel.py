@@ -11,6 +11,7 @@ import sys
 import torch
 
 from diffv2_sparse import TopK, ops, select_blocks
+from diffv2_sparse.offload import OffloadedPool
 from tests.oracle import qkv, random_selection
 
 ATTENTION = {  # T, HQ, H, D, differential, options of the selection; none for a window
@@ -37,6 +38,11 @@ CHOICES = {  # B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, lengths on t
 LINEAR = {  # tokens, hidden size, query and KV heads, head dimension, intermediate size
     "linear layers, one token": (1, 1024, 16, 2, 128, 4096),
     "linear layers, two tokens, odd sizes": (2, 200, 6, 2, 24, 300),
+}
+FETCHING = {  # B, T, C, H, D, NB, block_n, dtype
+    "fetch, a step": (1, 1, 1, 8, 128, 64, 64, torch.bfloat16),
+    "fetch, tokens of a batch, per class": (4, 3, 2, 3, 96, 16, 48, torch.float32),
+    "fetch, pages of an odd number of bytes": (1, 1, 1, 1, 3, 4, 3, torch.float16),
 }
 PAGES = 16
 
@@ -93,6 +99,20 @@ def choose(device, B, T, NC, HQ, H, D, block_m, block_n, mode, budgets, ragged) 
     )
 
 
+def fetch(device, B, T, C, H, D, NB, block_n, dtype) -> None:
+    pool = OffloadedPool(2 * NB * B, H, block_n, D, dtype, torch.device(device), B * C * T * NB)
+    k, block = torch.randn(5, H, D, device=device, dtype=dtype), torch.arange(5, device=device)
+    pages = pool.k_pages, pool.v_pages
+    ops.triton_write_pages(k, k, block, block % block_n, pool.slot_of, *pages, pool.k_slots, pool.v_slots)
+    ops.triton_copy_pages(*pages, *pages, block, block + 1)
+    ops.triton_copy_pages(pool.k_pages, None, pool.k_slots, None, block, block)
+    table = torch.randperm(len(pool.slot_of), device=device).int().view(B, H, 2 * NB)
+    for _ in range(2):
+        lists = random_selection(B, T, 2 * NB * block_n, H, device=device, C=C, NB=NB, block_m=1, block_n=block_n)
+        books = pool.slot_of, pool.page_in, pool.order, pool.last_read, pool.claims, pool.clock, pool._fetched
+        ops.triton_fetch(lists.indices, lists.counts, table, *pages, pool.k_slots, pool.v_slots, *books)
+
+
 def project(device, T, hidden, HQ, H, D, intermediate) -> None:
     def make(*shape):
         return torch.randn(*shape, device=device).bfloat16()
@@ -110,7 +130,7 @@ def call_all(device: str, kernels: tuple[str, ...] = ("portable", "hopper")) -> 
     for name, case in ATTENTION.items():
         attend(device, kernels, *case)
         print(name, flush=True)
-    for call, cases in ((decode, DECODING), (choose, CHOICES), (project, LINEAR)):
+    for call, cases in ((decode, DECODING), (choose, CHOICES), (project, LINEAR), (fetch, FETCHING)):
         for name, case in cases.items() if "portable" in kernels else ():
             call(device, *case)
             print(name, flush=True)

@@ -193,6 +193,12 @@ class DiffV2YocoConfig(PreTrainedConfig):
             "row_queries": self.sparse_row_queries,
         }
 
+    def listed_blocks(self) -> int:
+        """Room on the lists of one token and KV head: all classes take as much as the largest."""
+        if self.sparse_mode == "per_class":
+            return 2 * max(self.sparse_budget, self.sparse_noise_budget or 0)
+        return self.sparse_budget
+
     def choice_options(self) -> dict:
         """All that a choice of blocks depends on, to be compared with those of an earlier one."""
         return self.selection_options() | {"share_layers": self.sparse_share_layers}

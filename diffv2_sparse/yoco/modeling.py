@@ -234,11 +234,9 @@ class DiffV2YocoModel(DiffV2YocoPreTrainedModel):
         )
 
     def _resident_blocks(self, max_rollback: int) -> int:
-        """Blocks on the lists of one sequence in a step: of every layer that chooses, and of what one call reads."""
+        """Room on the lists of one sequence in a step: of every layer that chooses, and of what one call reads."""
         config = self.config
-        blocks = config.sparse_budget
-        if config.sparse_mode == "per_class":
-            blocks += config.sparse_noise_budget or config.sparse_budget
+        blocks = config.listed_blocks()
         choices = -(-len(self.cross_layers) // config.sparse_share_layers)
         return blocks * max(choices, 1 + max_rollback, 3)  # 3: a token, its row's first and the open row's first
 
