@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from diffv2_sparse import pages, selectors
+from diffv2_sparse import offload, pages, selectors
 from diffv2_sparse.yoco import DiffV2YocoForCausalLM, graphs, layout, modeling, reading, retention
 from diffv2_sparse.yoco.graphs import StepTensors, can_capture, copied, step
 from tests.test_cache import assert_same, contents, snapshot
@@ -143,18 +143,21 @@ def no_host(*_):
 
 @pytest.mark.parametrize("self_decoder", SELF_DECODERS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("T", [1, 3])
-def test_a_step_asks_nothing_of_the_host(self_decoder, mode, T, monkeypatch):
+@pytest.mark.parametrize(("T", "where"), [(1, None), (3, None), (1, "cpu"), (3, "cpu")])
+def test_a_step_asks_nothing_of_the_host(self_decoder, mode, T, where, monkeypatch):
     """With tensors that have no values, whatever reads one raises; choosing and attending go to the kernels."""
     pytest.importorskip("triton")
+    if where and mode == "dense":
+        pytest.skip("dense attention is refused")
     with FakeTensorMode(), torch.no_grad():
         config = tiny_config(self_decoder=self_decoder, sparse_mode=mode, attn_backend="triton", paged_backend="triton")
         model = DiffV2YocoForCausalLM(config).eval()
-        cache = model.new_cache(2, 100, max_rollback=2)
+        cache = model.new_cache(2, 100, max_rollback=2, offload=where)
+        monkeypatch.setattr(offload, "by_kernels", lambda slots: True)
         monkeypatch.setattr(selectors, "_backend", lambda name, q: "triton")
         monkeypatch.setattr(selectors, "_check_number", lambda *_: None)  # of a CPU alone, and so is its maximum
         monkeypatch.setattr(torch.Tensor, "max", lambda x: 0)
-        for module in (pages, layout, reading, retention, modeling):
+        for module in (pages, offload, layout, reading, retention, modeling):
             monkeypatch.setattr(module, "sent", no_host)
         monkeypatch.setattr(torch, "tensor", no_host)
         for cache.table.at_home in (True, False):
@@ -174,8 +177,9 @@ def test_what_is_captured(monkeypatch):
         model = SimpleNamespace(config=tiny_config(**changes), embed_tokens=weight, norm=weight)
         k_pages = SimpleNamespace(dtype=dtype, shape=(9, 4, 8), is_cuda=device.type == "cuda")
         spec = SimpleNamespace(device=device)
-        cache = SimpleNamespace(spec=spec, max_rollback=max_rollback, held_choice=held_choice, k_pages=k_pages)
-        cache.offload = offload
+        pool = SimpleNamespace(summaries=k_pages, holds=lambda places: places <= 10)
+        cache = SimpleNamespace(spec=spec, max_rollback=max_rollback, held_choice=held_choice, pool=pool)
+        cache.offload, cache.batch_size = offload, 2
         return can_capture(model, cache, tokens)
 
     assert allowed()
@@ -184,6 +188,9 @@ def test_what_is_captured(monkeypatch):
     assert allowed(tokens=3, max_rollback=2)
     assert not allowed(dtype=torch.float64)
     assert not allowed(held_choice={"block_m": 3})
+    assert allowed(offload="cpu", sparse_mode="pair_mean")  # two lists of five blocks
+    assert not allowed(offload="cpu", sparse_mode="pair_mean", tokens=2, max_rollback=1)
+    assert not allowed(offload="cpu", sparse_mode="per_class")
     assert not allowed(offload="cpu")
     assert not allowed(sparse_mode="pair_mean", sparse_block_m=3)
     assert allowed(sparse_mode="dense", sparse_block_m=3)
@@ -262,10 +269,10 @@ class Twins:
 
 
 @pytest.mark.parametrize("self_decoder", SELF_DECODERS)
-@pytest.mark.parametrize("mode", ["dense", "pair_mean"])
-def test_graphs_follow_the_cache(self_decoder, mode, device, counted):
+@pytest.mark.parametrize(("mode", "where"), [("dense", None), ("pair_mean", None), ("pair_mean", "cpu")])
+def test_graphs_follow_the_cache(self_decoder, mode, where, device, counted):
     model = model_on(device, self_decoder=self_decoder, sparse_mode=mode)
-    twins = Twins(model, device, blocks=60, max_rollback=2)
+    twins = Twins(model, device, blocks=60, max_rollback=2, offload=where, resident_blocks=where and 45)
     twins.decode(1, 1, 1, 1)
     assert (counted.captures, counted.calls) == (1, 3)
     twins.decode(3, 3, 1, 3)

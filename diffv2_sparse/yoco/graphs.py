@@ -70,8 +70,7 @@ class SharedTensors:
     summaries: Tensor | None
 
     def pages(self, sequence: slice, lengths: Tensor, selection: BlockSelection | None) -> PagedKV:
-        pool = self.table.pool
-        return PagedKV(pool.k_pages, pool.v_pages, self.table.pages[sequence], lengths)
+        return self.table.pool.paged(self.table.pages[sequence], lengths, selection)
 
     def full_summaries(self, sequence: slice) -> Tensor:
         return self.summaries[sequence]
@@ -220,17 +219,20 @@ class ModelGraphs:
 def can_capture(model: DiffV2YocoModel, cache: SharedKVCache, tokens: int) -> bool:
     """Whether a call with so many tokens of every sequence can be a graph: on CUDA, with kernels that never wait for
     the device, where each token chooses its own blocks, no more tokens than the states can take at once, and all pages
-    on the device.
+    that they choose on the device at once.
     """
     config, spec = model.config, cache.spec
+    if cache.offload is not None:
+        listed = tokens * cache.batch_size * config.listed_blocks()
+        if config.sparse_mode == "dense" or not cache.pool.holds(listed):
+            return False
     return (
         spec.device.type == "cuda"
-        and cache.offload is None  # fetching asks the host
         and tokens <= cache.max_rollback + 1
         and (config.sparse_mode == "dense" or config.sparse_block_m == 1)
         and not cache.held_choice  # longer rows are still open
         and config.paged_backend in GRAPH_BACKENDS
-        and obstacle(cache.k_pages) is None
+        and obstacle(cache.pool.summaries) is None
         and model.embed_tokens.weight.device == model.norm.weight.device == spec.device
         and not torch.is_autocast_enabled("cuda")
         and not torch.compiler.is_compiling()
