@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import ops
 from .pages import PagedKV, PagePool, sent
+from .pinned import pinned_zeros
 from .selection import BlockSelection
 
 RESIDENT_BLOCKS = 64  # per sequence and cross-decoder layer, where a caller does not say
@@ -83,7 +84,9 @@ class OffloadedPool(PagePool):
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         if self._device.type == "cuda":
-            self.k_pages, self.v_pages = self.k_pages.pin_memory(), self.v_pages.pin_memory()
+            self.k_pages, self.v_pages = (
+                pinned_zeros(*x.shape, dtype=x.dtype).copy_(x) for x in (self.k_pages, self.v_pages)
+            )
 
     @property
     def fetched(self) -> int:
@@ -95,7 +98,9 @@ class OffloadedPool(PagePool):
         return self.summaries.device
 
     def _new_pages(self, pages: int, block_n: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.zeros(pages, block_n, head_dim, dtype=dtype, pin_memory=device.type == "cuda")
+        if device.type == "cuda":
+            return pinned_zeros(pages, block_n, head_dim, dtype=dtype)
+        return torch.zeros(pages, block_n, head_dim, dtype=dtype)
 
     # Writing
 

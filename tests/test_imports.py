@@ -16,7 +16,7 @@ FLOORS = (
     {"kernels"},
     {"selection"},
     {"reference", "blockwise", "adapters", "ops"},
-    {"selectors", "pages", "offload", "cache_spec", "cache", "xformers_paged", "attention"},
+    {"selectors", "pages", "pinned", "offload", "cache_spec", "cache", "xformers_paged", "attention"},
     {"yoco", "hf", "haystack", "tokenizer", "environment"},
     {"train", "curriculum", "niah", "niah_answers", "niah_cells", "niah_report", "continuation"},
     {"cli"},

@@ -1,6 +1,7 @@
 """A cache whose pages live on the host: bit for bit what one on the device gives, whatever happens to its sequences."""
 
 import copy
+import gc
 import pickle
 import random
 
@@ -13,6 +14,7 @@ from hypothesis.stateful import initialize, invariant, rule
 from diffv2_sparse import BlockSelection, diff_attention_paged, offload
 from diffv2_sparse.cache import PagedKV, SharedKVCache
 from diffv2_sparse.offload import OffloadedPool, selected_pages
+from diffv2_sparse.pinned import pinned_zeros
 from diffv2_sparse.yoco.graphs import can_capture
 from diffv2_sparse.yoco.layout import spans
 from tests.test_cache import assert_same, contents, snapshot
@@ -378,6 +380,37 @@ def test_a_pool_that_grows():
     plain = PagedKV(cache.k_pages, cache.v_pages, cache.page_table, cache.lengths)
     o, expected = (diff_attention_paged(q, lam_logit, x, lists) for x in (cache.pages(selection=lists), plain))
     assert torch.equal(o, expected)
+
+
+def test_pinned_memory_is_registered_until_nothing_lies_in_it(monkeypatch):
+    registered = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address, size, flags):
+            registered[address] = size
+            return 0 if size < 4000 else 2
+
+        def cudaHostUnregister(self, address):
+            del registered[address]
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    x = pinned_zeros(5, 4, 3, dtype=torch.bfloat16)
+    assert registered == {x.data_ptr(): 120}
+    assert x.shape == (5, 4, 3)
+    assert not x.any()
+    part = x[1:3]
+    del x
+    gc.collect()
+    assert len(registered) == 1
+    part += 1
+    del part
+    gc.collect()
+    assert not registered
+    with pytest.raises(RuntimeError, match="cannot be pinned"):
+        pinned_zeros(1000, dtype=torch.float32)
+    registered.clear()  # which the call that failed has not done, nor has its memory
+    gc.collect()
 
 
 def gpu_model(mode: str):
