@@ -1,6 +1,6 @@
 """One more token by a whole model on a GPU: latency and tokens a second over caches of 8K … 1M tokens, side by side.
 
-    python benchmarks/generation.py                    # everything, one GPU, about two minutes
+    python benchmarks/generation.py                    # everything, one GPU, about four minutes
     python benchmarks/generation.py --only "batch 1"   # one group, again
     python benchmarks/generation.py --smoke            # tiny shapes, any machine: does it run?
 
@@ -14,7 +14,8 @@ one (`decode` with `use_graphs`), else captured here over buffers that stay wher
 host. Caches hold random keys and values. What does not fit the memory has a record with the reason. "equal memory"
 gives each kind the largest batch that one budget of memory has room for. "prompt" reads 512K tokens, the Transformer by
 one layer times the layers, for the time that a request takes as a whole: its prompt, then GENERATED_TOKENS more.
-Results go to benchmarks/results/generation_MACHINE.json after each group.
+"offloaded" is of caches in the host's memory, up to 10M tokens (offloaded.py). Results go to
+benchmarks/results/generation_MACHINE.json after each group.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from bars import GENERATION, TRANSFORMER, YOCO, evaluate
 from cases import Benchmark, Case
 from models import Attention, Shape, Sparsity, fill, random_decoder, random_yoco, weight_bytes
+from offloaded import offloaded
 from records import OURS, tokens_name
 from timing import Run, captured
 from torch import Tensor
@@ -56,6 +58,7 @@ class Sizes:
     sparsity: Sparsity
     backends: tuple[str, ...]  # of paged attention; the first also attends densely
     lengths: dict[int, tuple[int, ...]]  # by batch size; of the same batch sizes in every run
+    offloaded: tuple[int, ...]  # tokens of the caches in the host's memory
     requested: int  # tokens of the prompt of a request, and of the caches in equal memory
     memory_gib: float  # what a run may hold, weights included
     prompts: prefill.Sizes
@@ -74,6 +77,7 @@ FULL = Sizes(
     sparsity=Sparsity(1, 64, 64),
     backends=("auto", "xformers"),
     lengths={1: tuple(1 << n for n in range(13, 21)), 8: _SOME, 32: _SOME},
+    offloaded=(1 << 20, 4 << 20, 10 << 20),
     requested=1 << 19,
     memory_gib=130,
     prompts=prefill.FULL,
@@ -87,6 +91,7 @@ CPU_SMOKE = Sizes(
     sparsity=prefill.CPU_SMOKE.token,
     backends=("auto",),
     lengths={1: (64, 128), 8: (64,), 32: (64,)},
+    offloaded=(64, 1024),
     requested=256,
     memory_gib=RESERVE_GIB + 16e-3,
     prompts=prefill.CPU_SMOKE,
@@ -100,6 +105,7 @@ GPU_SMOKE = Sizes(
     sparsity=prefill.GPU_SMOKE.token,
     backends=("auto", "xformers"),
     lengths={1: (512, 1024), 8: (512,), 32: (512,)},
+    offloaded=(512, 1024),
     requested=2048,
     memory_gib=RESERVE_GIB + 0.1,
     prompts=prefill.GPU_SMOKE,
@@ -369,7 +375,7 @@ def tables(records: list[dict]) -> dict[str, list[dict]]:
 def groups(sizes: Sizes) -> dict:
     """The heats of a group take the seconds behind it."""
     found = {f"batch {B}": (functools.partial(decoding, B), 0.4) for B in sizes.lengths}
-    return found | {"equal memory": (equal_memory, 0.4), "prompt": (prompt, 0)}
+    return found | {"offloaded": (offloaded, 0.4), "equal memory": (equal_memory, 0.4), "prompt": (prompt, 0)}
 
 
 BENCHMARK = Benchmark(

@@ -327,9 +327,11 @@ def fill(cache: SharedKVCache, tokens: int) -> SharedKVCache:
     spec, B = cache.spec, cache.batch_size
     left, chunk = tokens, max(1, FILLED_TOKENS // B)
     size = (B * min(chunk, tokens), spec.kv_heads, spec.head_dim)
-    k, v = (torch.randn(size, dtype=spec.dtype, device=spec.device) for _ in range(2))
+    k, v = (torch.empty(size, dtype=spec.dtype, device=spec.device) for _ in range(2))
     while left:
         n = min(chunk, left)
+        for x in (k, v):  # anew: blocks that repeat would tie when they are chosen
+            x.normal_()
         sequence, position = spans((n,) * B, cache.tokens, spec.device)
         cache.append(k[: B * n], v[: B * n], sequence, position, (n,) * B, n)
         left -= n

@@ -443,6 +443,11 @@ def test_generation_from_end_to_end(tmp_path):
     assert 1 < best < found("equal memory", "256 tokens, equal memory", "sparse, graph", backend="auto")["shape"]["B"]
     assert found("prompt", "256 tokens", "prefill", ["Transformer"])["extrapolated"] == "one layer × 4"
     assert found("prompt", "256 tokens", "prefill", ["YOCO + DIFF V2"])["median_ms"] > 0
+    for choice, most in (("own", 2 * 2 * 5), ("shared", 2 * 5)):  # layers that choose, KV heads, blocks
+        step = found("offloaded", f"1K tokens, offloaded, {choice} choice", "sparse, graph", backend="auto")
+        assert 0 < step["pages_fetched"] <= most
+        assert step["ratios"].keys() == {"ours, resident"}
+        assert step["tokens_per_s"] > 0
     panels = figures.step_panels([r for r in content["records"] if "median_ms" in r])
     assert panels["one token, in a CUDA graph", "batch 1"].keys() == {
         *("sparse, ours (auto)", "dense, ours (auto)", "Transformer")
