@@ -156,8 +156,8 @@ class OffloadedPool(PagePool):
     def copy(self, origins: Sequence[int], copies: Sequence[int]) -> None:
         blocks = sent([origins, copies], torch.long, self._device)
         origin, copied = self._pages(blocks[0]), self._pages(blocks[1])
-        self.page_in[self.slot_of[copied].long()] = -1  # the last, where there is none
-        self.slot_of[copied] = -1
+        self.page_in.index_fill_(0, self.slot_of[copied].long(), -1)  # the last, where there is none
+        self.slot_of.index_fill_(0, copied, -1)
         if by_kernels(self.k_slots):
             ops.triton_copy_pages(self.k_pages, self.v_pages, self.k_pages, self.v_pages, origin, copied)
             return

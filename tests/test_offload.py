@@ -477,7 +477,7 @@ def test_device_memory_does_not_grow_with_the_prompt_and_a_step_waits_for_nothin
     model = gpu_model("pair_mean")
     peaks = []
     for n in (1 << 14, 1 << 17):
-        cache = model.new_cache(1, n + 100, offload="cpu")
+        cache = model.new_cache(1, n + 200, offload="cpu")
         tokens = torch.randint(1, VOCAB, (1, n), device="cuda")
         model.prefill(tokens[:, :2048], cache=cache, chunk_tokens=2048)  # compiles
         cache.reset()
