@@ -25,8 +25,8 @@ NOTHING = tl.constexpr(2**31 - 1)  # sorts after every block
 
 @dataclass(frozen=True)
 class Domain:
-    """What may attend to what. `indices` int32 `[B, C, H, NM, NB]` and `counts` are None for dense and windowed calls;
-    `cu_q`, `cu_k` int32 `[N + 1]` bound packed sequences.
+    """What may attend to what. `indices` int32 `[B, C, H, NM, NB]` and `counts` are None for dense and windowed calls,
+    which have blocks as large as a tile may be; `cu_q`, `cu_k` int32 `[N + 1]` bound packed sequences.
     """
 
     B: int

@@ -63,6 +63,10 @@ class Shared:
     def __init__(self, data, dtype=None):
         self.data, self.dtype = data, dtype
 
+    @property
+    def shape(self):
+        return self.data.shape
+
     def index(self, i):
         return Shared(self.data[number(i)], self.dtype)
 

@@ -22,7 +22,6 @@ import triton.language as tl
 from diffv2_sparse.kernels.domain import Lists
 from diffv2_sparse.kernels.hopper import probe
 from diffv2_sparse.kernels.hopper.walk import (
-    KEYS,
     NOWHERE,
     Steps,
     begin_walk,
@@ -163,6 +162,7 @@ class Form(Steps):
     BLOCK_N: int
     TOKENS: int
     C: int
+    KEYS: int
 
 
 @triton.jit
@@ -177,6 +177,9 @@ def _walk_kernel(seen, walks, T, S, H, NL, NE, window, form: tl.constexpr):
     walk = begin_walk(walks, (i_b * H + i_h) * NL + i_list, NE, tokens, pos_first, pos_last, window, form)
     rows = tl.arange(0, 2 * form.TOKENS)
     token = rows // 2
+    KEYS: tl.constexpr = form.KEYS
+    PER: tl.constexpr = form.PER
+    PART: tl.constexpr = KEYS // PER
     key = tl.arange(0, KEYS)
     bit = (skipped + token) // form.BLOCK_M * form.C + rows % form.C
     at = seen + (((i_b * H + i_h) * 2 + rows % 2) * T + q0 + first + token)[:, None] * S + k0
@@ -188,20 +191,19 @@ def _walk_kernel(seen, walks, T, S, H, NL, NE, window, form: tl.constexpr):
         if form.MEMBERS:
             logits = unchosen_hidden(logits, bits_of(walk, i, form), bit, key, form)
         where = key * 0
-        for part in tl.static_range(KEYS // form.BLOCK_N):
-            where = tl.where(key // form.BLOCK_N == part, starts[part] + key % form.BLOCK_N, where)
+        for part in tl.static_range(PER):
+            where = tl.where(key // PART == part, starts[part] + key % PART, where)
         shown = (logits == 0) & (token < tokens)[:, None]
         tl.device_assert((where < Sk)[None, :] | (shown == 0))
         old = tl.load(at + where[None, :], mask=shown, other=0)
         tl.store(at + where[None, :], old + 1, mask=shown)
 
 
-def shown_by_walks(domain, G):
+def shown_by_walks(domain, G, keys):
     packing = fixed_packing(128, G, domain.block_m)
     lists = Lists(domain, packing.tokens, packing.rows)
     walks, NL, NE = lists.built
-    constants = lists.constants | ({} if domain.indices is not None else {"BLOCK_N": KEYS.value})
-    form = Form(TOKENS=packing.tokens, C=lists.classes, **constants)
+    form = Form(TOKENS=packing.tokens, C=lists.classes, KEYS=keys, **lists.constants)
     seen = torch.zeros(domain.B, domain.H, 2, domain.T, domain.S, dtype=torch.int32)
     grid = (NL * lists.tiles * domain.B * domain.H,)
     _walk_kernel[grid](seen, walks, domain.T, domain.S, domain.H, NL, NE, domain.window or 0, form)
@@ -214,6 +216,7 @@ def visible(T, S, window):
 
 
 @interpreted
+@pytest.mark.parametrize("keys", [64, 128])  # a block in pieces, blocks in a tile
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(
     ("T", "S", "G", "C", "block_m", "block_n"),
@@ -224,27 +227,28 @@ def visible(T, S, window):
         (33, 200, 4, 2, 5, 64),  # rows that do not fill a list
     ],
 )
-def test_walks_show_every_chosen_key_once(T, S, G, C, block_m, block_n, window):
+def test_walks_show_every_chosen_key_once(T, S, G, C, block_m, block_n, window, keys):
     selection = random_selection(2, T, S, 2, C=C, NB=4, block_m=block_m, block_n=block_n)
     q, k = torch.empty(2, T, 2 * G, 64), torch.empty(2, S, 2, 64)
     domain = ops._domain(q, k, selection.indices, selection.counts, None, None, block_m, block_n, window)
     chosen = selection.to_mask(T, S)  # [B, C, H, T, S]
     expected = (chosen & visible(T, S, window)).expand(-1, 2, -1, -1, -1).transpose(1, 2)
-    assert torch.equal(shown_by_walks(domain, G), expected.int())
+    assert torch.equal(shown_by_walks(domain, G, keys), expected.int())
 
 
 @interpreted
+@pytest.mark.parametrize("keys", [64, 128])
 @pytest.mark.parametrize(("T", "S", "window"), [(40, 300, None), (150, 150, None), (64, 400, 100), (130, 300, 300)])
-def test_walks_without_lists_show_the_past_once(T, S, window):
+def test_walks_without_lists_show_the_past_once(T, S, window, keys):
     q, k = torch.empty(1, T, 8, 64), torch.empty(1, S, 1, 64)
     domain = ops._domain(q, k, None, None, None, None, 0, 0, window)
     expected = visible(T, S, window).expand(1, 1, 2, T, S)
-    assert torch.equal(shown_by_walks(domain, 8), expected.int())
+    assert torch.equal(shown_by_walks(domain, 8, keys), expected.int())
 
 
 @interpreted
-@pytest.mark.parametrize("block_n", [64, 128])
-def test_packed_walks_stay_in_their_sequences(block_n):
+@pytest.mark.parametrize(("block_n", "keys"), [(64, 128), (128, 128), (128, 64)])
+def test_packed_walks_stay_in_their_sequences(block_n, keys):
     lengths_q, lengths_k = (33, 1, 40), (170, 70, 40)
     cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in (lengths_q, lengths_k))
     parts = [random_selection(1, t, s, 1, NB=2, block_n=block_n) for t, s in zip(lengths_q, lengths_k)]
@@ -256,7 +260,7 @@ def test_packed_walks_stay_in_their_sequences(block_n):
         mask = parts[i].to_mask(t, s)[0, :, 0] & visible(t, s, None)
         expected[0, 0, :, cu_q[i] : cu_q[i + 1], cu_k[i] : cu_k[i + 1]] = mask.int()
     domain = ops._domain(q, k, indices, counts, cu_q, cu_k, 16, block_n, None)
-    assert torch.equal(shown_by_walks(domain, 4), expected)
+    assert torch.equal(shown_by_walks(domain, 4, keys), expected)
 
 
 def test_nowhere_is_past_everything():

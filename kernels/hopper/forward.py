@@ -38,8 +38,10 @@ from ..primitives import LN2, LOG2E, new_outputs, sequence_of, softmax_step, str
 from ..tiles import fixed_packing, next_power_of_2
 from .operands import pack, unpack
 from .queries import CONSUMERS, ROWS, Form, Queries, outputs_of, rows_of, signal_and_noise
-from .ring import describe_blocks, fill, filled_tile, leave, new_ring
-from .walk import KEYS, begin_walk, bits_of, starts_of, unchosen_hidden, unseen_hidden
+from .ring import describe_keys, fill, filled_tile, leave, new_ring
+from .walk import begin_walk, bits_of, starts_of, unchosen_hidden, unseen_hidden
+
+STAGES = gl.constexpr(2)  # of each ring
 
 
 @gluon.jit
@@ -58,6 +60,7 @@ def _produce(k_source, v_source, k_ring, v_ring, walk, i_b, i_h, k0, Sk, form: g
 @gluon.jit
 def _consume(consumer: gl.constexpr, queries, q_tiles, k_ring, v_ring, walk, form: gl.constexpr):
     D: gl.constexpr = form.D
+    KEYS: gl.constexpr = form.KEYS
     dtype: gl.constexpr = q_tiles.dtype
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -207,8 +210,8 @@ def _forward_kernel(
     )
     dtype: gl.constexpr = q.dtype.element_ty
     q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, form.D], gl.NVMMASharedLayout(128, 16, 2))
-    k_ring = new_ring(CONSUMERS, dtype, form)
-    v_ring = new_ring(CONSUMERS, dtype, form)
+    k_ring = new_ring(CONSUMERS, STAGES, dtype, form)
+    v_ring = new_ring(CONSUMERS, STAGES, dtype, form)
     fence_async_shared()
     i_b = i_b.to(gl.int32)
     i_h = i_h.to(gl.int32)
@@ -255,8 +258,7 @@ def forward(
     packing = fixed_packing(CONSUMERS.value * ROWS.value, G // 2 if apart else G, domain.block_m)
     lists = Lists(domain, packing.tokens, packing.rows, apart)
     walks, NL, NE = lists.built
-    listed = domain.indices is not None
-    sources = [describe_blocks(x, domain.block_n if listed else KEYS.value, domain.packed) for x in (k, v)]
+    sources = [describe_keys(x, min(domain.block_n, Form.KEYS), domain.packed) for x in (k, v)]
     for heads_of in ("noise", "signal") if apart else ("both",):
         form = Form(
             D=D,
@@ -269,7 +271,7 @@ def forward(
             TOKENS=packing.tokens,
             HEADS=packing.heads,
             CHUNKS=packing.chunks,
-            **lists.constants | ({} if listed else {"BLOCK_N": KEYS.value}),
+            **lists.constants,
         )
         _forward_kernel[(NL * lists.tiles * packing.chunks * B * H,)](
             q,

@@ -1,6 +1,6 @@
 """Rings of key tiles in shared memory, filled by the copy engine (TMA).
 
-A ring is STAGES tiles `[KEYS, D]`, each behind two barriers: `filled`, which the copies complete, and `free`, at which
+A ring has STAGES tiles `[KEYS, D]`, each behind two barriers: `filled`, which the copies complete, and `free`, at which
 every reader arrives when it is done with the tile. Use i of a ring takes stage i % STAGES, and in the barriers' phase
 of i // STAGES.
 
@@ -21,9 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..primitives import describable
-from .walk import KEYS
 
-STAGES = gl.constexpr(2)
 BOUND = gl.constexpr(1 << 30)
 
 
@@ -33,11 +31,11 @@ class Ring(NamedTuple):
     free: gl.shared_memory_descriptor
 
 
-def describe_blocks(x: Tensor, block_n: int, packed: bool) -> TensorDescriptor:
-    """Blocks of block_n tokens of one head of x `[B, S, H, D]`, as `fill` takes them."""
+def describe_keys(x: Tensor, keys: int, packed: bool) -> TensorDescriptor:
+    """Runs of so many keys of one head of x `[B, S, H, D]`, as `fill` takes them."""
     if not describable(90, x) or 0 in x.stride():
         x = x.clone(memory_format=torch.contiguous_format)
-    shape, strides, box = list(x.shape), list(x.stride()), [1, block_n, 1, x.shape[3]]
+    shape, strides, box = list(x.shape), list(x.stride()), [1, keys, 1, x.shape[3]]
     if packed:
         _, row, head, _ = strides
         shape = [2**31 - 1, 2**31 - 1, BOUND.value, *shape[2:]]
@@ -47,8 +45,8 @@ def describe_blocks(x: Tensor, block_n: int, packed: bool) -> TensorDescriptor:
 
 
 @gluon.jit
-def new_ring(readers: gl.constexpr, dtype: gl.constexpr, form: gl.constexpr):
-    tiles = gl.allocate_shared_memory(dtype, [STAGES, KEYS, form.D], gl.NVMMASharedLayout(128, 16, 2))
+def new_ring(readers: gl.constexpr, STAGES: gl.constexpr, dtype: gl.constexpr, form: gl.constexpr):
+    tiles = gl.allocate_shared_memory(dtype, [STAGES, form.KEYS, form.D], gl.NVMMASharedLayout(128, 16, 2))
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -59,26 +57,30 @@ def new_ring(readers: gl.constexpr, dtype: gl.constexpr, form: gl.constexpr):
 
 @gluon.jit
 def fill(ring, i, source, starts, i_b, i_h, k0, Sk, form: gl.constexpr):
-    """Use i: once the readers of the last use have left, starts to copy the blocks that begin at `starts`."""
+    """Use i: once the readers of the last use have left, starts to copy the parts that begin at `starts`."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    PER: gl.constexpr = form.PER
+    PART: gl.constexpr = form.KEYS // PER
     stage = i % STAGES
     mbarrier.wait(ring.free.index(stage), (i // STAGES & 1) ^ 1)
     filled = ring.filled.index(stage)
-    mbarrier.expect(filled, KEYS * form.D * 2)
-    for part in gl.static_range(KEYS // form.BLOCK_N):
+    mbarrier.expect(filled, form.KEYS * form.D * 2)
+    for part in gl.static_range(PER):
         if form.PACKED:
             at = [BOUND, k0 + Sk, BOUND - Sk + starts[part], i_h, 0]
-            tile = ring.tiles.index(stage).reshape([1, 1, KEYS, 1, form.D])
-            block = tile.slice(part * form.BLOCK_N, form.BLOCK_N, dim=2)
+            tile = ring.tiles.index(stage).reshape([1, 1, form.KEYS, 1, form.D])
+            copied = tile.slice(part * PART, PART, dim=2)
         else:
             at = [i_b, starts[part], i_h, 0]
-            tile = ring.tiles.index(stage).reshape([1, KEYS, 1, form.D])
-            block = tile.slice(part * form.BLOCK_N, form.BLOCK_N, dim=1)
-        tma.async_copy_global_to_shared(source, at, filled, block)
+            tile = ring.tiles.index(stage).reshape([1, form.KEYS, 1, form.D])
+            copied = tile.slice(part * PART, PART, dim=1)
+        tma.async_copy_global_to_shared(source, at, filled, copied)
 
 
 @gluon.jit
 def filled_tile(ring, i):
     """The tile of use i, once it is there."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
     mbarrier.wait(ring.filled.index(i % STAGES), i // STAGES & 1)
     return ring.tiles.index(i % STAGES)
 
@@ -86,4 +88,4 @@ def filled_tile(ring, i):
 @gluon.jit
 def leave(ring, i):
     """This reader is done with use i."""
-    mbarrier.arrive(ring.free.index(i % STAGES), count=1)
+    mbarrier.arrive(ring.free.index(i % ring.tiles.shape[0]), count=1)

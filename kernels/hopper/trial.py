@@ -7,12 +7,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .ring import describe_blocks, fill, filled_tile, leave, new_ring
-from .walk import KEYS
+from .ring import describe_keys, fill, filled_tile, leave, new_ring
+from .walk import Steps
 
 
 @dataclass(frozen=True)
-class _Form:
+class _Form(Steps):
     D: int = 64
     BLOCK_N: int = 64
     PACKED: bool = True
@@ -20,11 +20,12 @@ class _Form:
 
 @gluon.jit
 def _produce(source, ring, form: gl.constexpr):
-    fill(ring, 0, source, (0, KEYS // 2), 0, 0, 0, KEYS, form)
+    fill(ring, 0, source, (0, form.BLOCK_N), 0, 0, 0, form.KEYS, form)
 
 
 @gluon.jit
 def _consume(ring, gram, form: gl.constexpr):
+    KEYS: gl.constexpr = form.KEYS
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     tile = filled_tile(ring, 0)
     acc = gl.zeros([KEYS, KEYS], gl.float32, LAYOUT)
@@ -38,15 +39,15 @@ def _consume(ring, gram, form: gl.constexpr):
 
 @gluon.jit
 def _trial_kernel(source, gram, form: gl.constexpr):
-    ring = new_ring(1, source.dtype, form)
+    ring = new_ring(1, 2, source.dtype, form)
     fence_async_shared()
     gl.warp_specialize([(_consume, (ring, gram, form)), (_produce, (source, ring, form))], [1], [24])
 
 
 def compile_trial(device: int) -> None:
     """Compiles x xᵀ of a block of keys for a CUDA device; raises whatever goes wrong."""
-    x = torch.empty(1, KEYS.value, 1, _Form.D, dtype=torch.bfloat16, device=f"cuda:{device}")
-    gram = torch.empty(KEYS.value, KEYS.value, device=x.device)
     form = _Form()
+    x = torch.empty(1, form.KEYS, 1, form.D, dtype=torch.bfloat16, device=f"cuda:{device}")
+    gram = torch.empty(form.KEYS, form.KEYS, device=x.device)
     with torch.cuda.device(device):
-        _trial_kernel.warmup(describe_blocks(x, form.BLOCK_N, form.PACKED), gram, form, grid=(1,), num_warps=4)
+        _trial_kernel.warmup(describe_keys(x, form.BLOCK_N, form.PACKED), gram, form, grid=(1,), num_warps=4)

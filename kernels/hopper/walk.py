@@ -1,8 +1,9 @@
 """Which keys a tile of queries walks, and which of them each query sees, as the Hopper kernels take them: by numbers.
 
-A walk goes over tiles of KEYS keys (see `walk_of` in primitives.py): a tile is KEYS / BLOCK_N entries of a list or,
-without lists, KEYS keys in a row. The producer needs to know where each part of a tile begins, the consumers only
-where a mask is due. What is missing to a whole tile begins NOWHERE: past every query, and past the end of k and v.
+A walk goes over tiles of KEYS keys (see `walk_of` in primitives.py): a tile is one or several entries of a list, or a
+piece of one; without lists, KEYS keys in a row. The producer needs to know where each part of a tile begins, the
+consumers only where a mask is due. What is missing to a whole tile begins NOWHERE: past every query, and past the end
+of k and v.
 """
 
 from typing import NamedTuple
@@ -12,19 +13,23 @@ import triton.language as tl
 
 from ..primitives import tile_start, visible, walk_of
 
-KEYS = tl.constexpr(128)  # of a tile
 NOWHERE = tl.constexpr(1 << 30)
 
 
 class Steps:
     """How `walk_of` takes the walks of a form with BLOCK_N."""
 
-    KEYS = KEYS.value
-    SUB = 1
+    KEYS = 128  # of a tile
+
+    @property
+    def SUB(self) -> int:
+        """Tiles of a block."""
+        return max(1, self.BLOCK_N // self.KEYS)
 
     @property
     def PER(self) -> int:
-        return self.KEYS // self.BLOCK_N
+        """Parts of a tile: blocks, or one piece of a block."""
+        return max(1, self.KEYS // self.BLOCK_N)
 
 
 class Walk(NamedTuple):
@@ -58,23 +63,25 @@ def begin_walk(walks, i_list, NE, tokens, pos_first, pos_last, window, form: tl.
 @triton.jit
 def starts_of(walk, i, form: tl.constexpr):
     """First keys of the parts of tile i."""
+    PER: tl.constexpr = form.PER
     starts = ()
     if form.LISTS:
-        for part in tl.static_range(KEYS // form.BLOCK_N):
-            entry = i * (KEYS // form.BLOCK_N) + part
+        for part in tl.static_range(PER):
+            entry = i // form.SUB * PER + part
             block = tl.load(walk.entries + entry, mask=entry < walk.n, other=NOWHERE // form.BLOCK_N)
-            starts += (block * form.BLOCK_N,)
+            starts += (block * form.BLOCK_N + i % form.SUB * form.KEYS,)
     else:
-        starts = (tile_start(i, walk.clear, walk.low, walk.clear_from) * KEYS,)
+        starts = (tile_start(i, walk.clear, walk.low, walk.clear_from) * form.KEYS,)
     return starts
 
 
 @triton.jit
 def bits_of(walk, i, form: tl.constexpr):
     """Who chose the parts of tile i."""
+    PER: tl.constexpr = form.PER
     bits = ()
-    for part in tl.static_range(KEYS // form.BLOCK_N):
-        entry = i * (KEYS // form.BLOCK_N) + part
+    for part in tl.static_range(PER):
+        entry = i // form.SUB * PER + part
         bits += (tl.load(walk.bits + entry, mask=entry < walk.n, other=0),)
     return bits
 
@@ -82,8 +89,9 @@ def bits_of(walk, i, form: tl.constexpr):
 @triton.jit
 def unseen_hidden(logits, starts, pos, key, walk, form: tl.constexpr):
     """−inf where a query at `pos` `[ROWS]` does not see a key; `key` is 0 … KEYS − 1 inside the tile."""
+    PER: tl.constexpr = form.PER
     start = starts[0]
-    for part in tl.static_range(1, KEYS // form.BLOCK_N):
+    for part in tl.static_range(1, PER):
         start = tl.where(key < part * form.BLOCK_N, start, starts[part] - part * form.BLOCK_N)
     # The keys that a thread holds differ by constants: what is left of them is compared, the rest is taken off pos.
     rest = key % 8 // 2 * 2
@@ -94,7 +102,8 @@ def unseen_hidden(logits, starts, pos, key, walk, form: tl.constexpr):
 @triton.jit
 def unchosen_hidden(logits, bits, bit, key, form: tl.constexpr):
     """−inf where a query, by its `bit` `[ROWS]`, did not choose a key's block."""
-    for part in tl.static_range(KEYS // form.BLOCK_N):
+    PER: tl.constexpr = form.PER
+    for part in tl.static_range(PER):
         chosen = ((bits[part] >> bit) & 1) != 0
         logits = tl.where(chosen[:, None] | (key // form.BLOCK_N != part)[None, :], logits, float("-inf"))
     return logits
