@@ -23,27 +23,29 @@ from triton.runtime.jit import JITFunction
 from diffv2_sparse import ops
 from diffv2_sparse.kernels.hopper.forward import forward
 from diffv2_sparse.kernels.hopper.key_gradients import key_gradients, obstacle
+from diffv2_sparse.kernels.hopper.query_gradient import query_gradient
 from tests.compile_offline import pretend
 
 REGISTERS = 248  # of a thread: what the first consumer has; 128 × (248 + 240 + 24) are the 65,536 of a multiprocessor
 SPILLED = {"_key_gradients_kernel": 80}  # bytes of a thread; of other kernels none
 T, H, NB = 512, 2, 4
 
-# keys: block_n, "dense" or "window"; heads: pairs, or heads of ordinary attention, of a group; C and block_m: of lists
+# of: the kernels to compile; keys: block_n, "dense" or "window"; heads: pairs, or heads of ordinary attention, of a
+# group; C and block_m: of lists
 CASES = {
-    "blocks of 128": {"save": True},
-    "blocks of 64": {"keys": 64, "block_m": 64},
-    "classes apart": {"C": 2, "save": True},
-    "classes united, rows of 16": {"keys": 64, "block_m": 16, "C": 2},
-    "dense, heads of 64": {"keys": "dense", "D": 64, "save": True},
-    "window, ordinary, three heads": {"keys": "window", "pairs": 0, "heads": 3},
-    "packed, blocks of 64, half precision": {"keys": 64, "packed": True, "dtype": torch.float16, "save": True},
-    "one pair, several rows, heads of 64": {"keys": 64, "block_m": 16, "pairs": 1, "D": 64, "save": True},
+    "blocks of 128": {"of": ("o", "dq", "dk, dv"), "save": True},
+    "classes apart": {"of": ("o", "dk, dv"), "C": 2, "save": True},  # o in two
+    "classes united, rows of 16": {"of": ("o", "dq"), "keys": 64, "block_m": 16, "C": 2},
+    "dense, heads of 64": {"of": ("dq", "dk, dv"), "keys": "dense", "D": 64},
+    "window, ordinary, three heads": {"of": ("dq",), "keys": "window", "pairs": 0, "heads": 3},
+    "packed, blocks of 64, half precision": {"of": ("o",), "keys": 64, "packed": True, "dtype": torch.float16},
 }
 
 
 def all_cases() -> dict[str, dict]:
-    """Every D, walk, form of packing and use of lists; dtypes and what is saved in turn, for they change little."""
+    """Every D, walk, form of packing and use of lists; dtypes and what is saved in turn, for they change little, and dk
+    and dv where it is saved.
+    """
     cases = {}
     turn = itertools.cycle(itertools.product((torch.bfloat16, torch.float16), (True, False)))
     for D, keys, packed in itertools.product((64, 128), (64, 128, "dense", "window"), (False, True)):
@@ -56,12 +58,13 @@ def all_cases() -> dict[str, dict]:
                 dtype, save = next(turn)
                 case = {"D": D, "keys": keys, "packed": packed, "pairs": pairs, "heads": heads, "C": C}
                 case |= {"block_m": block_m, "windowed": windowed, "dtype": dtype, "save": save}
-                cases[", ".join(f"{name} {value}" for name, value in case.items())] = case
+                told = ", ".join(f"{name} {value}" for name, value in case.items())
+                cases[told] = case | {"of": ("o", "dq", "dk, dv") if save else ("o", "dq")}
     return cases
 
 
 def launch(
-    *, D=128, keys=128, packed=False, pairs=4, heads=0, C=1, block_m=128, windowed=False, dtype=None, save=False
+    *, of, D=128, keys=128, packed=False, pairs=4, heads=0, C=1, block_m=128, windowed=False, dtype=None, save=False
 ):
     HQ, HO = H * (2 * pairs or heads), H * (pairs or heads)
     q, k, v, do = (torch.empty(1, T, h, D, dtype=dtype or torch.bfloat16) for h in (HQ, H, H, HO))
@@ -75,9 +78,12 @@ def launch(
     bounds = torch.tensor([0, T], dtype=torch.int32) if packed else None
     window = 100 if windowed or keys == "window" else None
     domain = ops._domain(q, k, *lists, bounds, bounds, block_m, keys, window)
-    forward(q, k, v, lam, domain, 0.1, save_noise=save, save_lse=save)
-    if save and obstacle(q, k, lam, domain) is None:
-        lse = torch.empty(1, HQ, T)
+    lse = torch.empty(1, HQ, T)
+    if "o" in of:
+        forward(q, k, v, lam, domain, 0.1, save_noise=save, save_lse=save)
+    if "dq" in of:
+        query_gradient(do, q, k, v, lam, lse, lse, domain, 0.1)
+    if "dk, dv" in of and obstacle(q, k, lam, domain) is None:
         key_gradients(do, q, k, v, lam, lse, lse, domain, transposed, 0.1)
 
 

@@ -1,16 +1,16 @@
 """Fused backward of block-sparse differential attention for Hopper: formulas and passes of `kernels/backward.py`.
 
-dk and dv have a kernel of their own. dq is the portable one's: a warp-specialised kernel was no faster, as both end at
-about 540 TFLOP/s.
+Each pass has a kernel of its own, which says what calls it leaves to the portable one.
 """
 
 from torch import Tensor
 
-from .. import key_gradients as portable
+from .. import key_gradients as portable_by_keys
+from .. import query_gradient as portable_by_rows
 from ..backward import deltas
 from ..domain import Domain
-from ..query_gradient import query_gradient
-from .key_gradients import key_gradients, obstacle
+from . import key_gradients as by_keys
+from . import query_gradient as by_rows
 
 
 def backward(
@@ -30,7 +30,8 @@ def backward(
     `forward` takes.
     """
     delta, dlam = deltas(do, o, o_noise, lam_logit, lse)
-    dq = query_gradient(do, q, k, v, lam_logit, lse, delta, domain, scale)
-    by_keys = portable.key_gradients if obstacle(q, k, lam_logit, domain) else key_gradients
-    dk, dv = by_keys(do, q, k, v, lam_logit, lse, delta, domain, transposed, scale)
+    rows = portable_by_rows if by_rows.obstacle(q, k, lam_logit, domain) else by_rows
+    dq = rows.query_gradient(do, q, k, v, lam_logit, lse, delta, domain, scale)
+    keys = portable_by_keys if by_keys.obstacle(q, k, lam_logit, domain) else by_keys
+    dk, dv = keys.key_gradients(do, q, k, v, lam_logit, lse, delta, domain, transposed, scale)
     return dq, dk, dv, dlam
