@@ -27,7 +27,7 @@ from diffv2_sparse.kernels.hopper.query_gradient import query_gradient
 from tests.compile_offline import pretend
 
 REGISTERS = 248  # of a thread: what the first consumer has; 128 × (248 + 240 + 24) are the 65,536 of a multiprocessor
-SPILLED = {"_key_gradients_kernel": 80}  # bytes of a thread; of other kernels none
+SPILLED = {"_key_gradients_kernel": 80, "_dq_kernel": 8}  # bytes of a thread; of other kernels none
 T, H, NB = 512, 2, 4
 
 # of: the kernels to compile; keys: block_n, "dense" or "window"; heads: pairs, or heads of ordinary attention, of a
