@@ -1,8 +1,8 @@
 """Rows of a tile of dq: which token and output head each is, what of them waits in shared memory, where dq goes.
 
 A tile is TOKENS × HEADS output heads of one GQA group, as in `queries.py`, but for the classes: what belongs to a pair
-of heads, its dO and λ, is there once, and q, lse and δ once for each class. A consumer has ROWS output heads with both
-classes or one, or all consumers have the same ROWS and a class each.
+of heads, its dO and λ, is there once, and q, lse and δ once for each class. A consumer has ROWS output heads, with both
+classes or one.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,7 @@ class Form(Steps):
     D: int
     OUTPUTS: int  # output heads of a group
     DIFF: bool
-    CLASS: str  # of a consumer: "both", "own" (signal the first's, noise the second's), "signal" or "noise"
-    C: int  # classes in one list
+    CLASS: str  # of a consumer: "both", "signal" or "noise"
     LISTS: bool
     MEMBERS: bool
     PACKED: bool
@@ -89,7 +88,6 @@ class Rows(NamedTuple):
     dq_t: tl.tensor
     tokens: tl.tensor  # from here to the end of the list and of the sequence
     outputs: tl.tensor  # output heads from here to the end of the group
-    skipped: tl.tensor  # tokens of the list before this tile
     pos: tl.tensor  # of the first token
     scale: tl.tensor
 
@@ -120,9 +118,7 @@ def new_operands(dtype: gl.constexpr, form: gl.constexpr):
 @gluon.jit
 def rows_of(consumer: gl.constexpr, rows, layout: gl.constexpr, form: gl.constexpr):
     """Token and output head, from the tile's first, of this consumer's rows, and which there are."""
-    row = gl.arange(0, ROWS, layout)
-    if form.CLASS != "own":
-        row += consumer * ROWS
+    row = consumer * ROWS + gl.arange(0, ROWS, layout)
     token = row // form.HEADS
     output = row % form.HEADS
     return token, output, (token < rows.tokens) & (output < rows.outputs)

@@ -18,10 +18,11 @@ rounded dS 16: together no more than 208 at any time. The rest must not grow. So
 where tiles of queries lie is found anew in every step, by a number that the compiler cannot foresee: else it computes
 the addresses of all their parts ahead of the loop, and has no room to keep them.
 
-Where a row of the selection has too few tokens for 128 pairs, each consumer takes one class of the same 64 pairs: dP is
-computed twice, but no tile walks what only other rows chose. Classes with lists of their own are one launch each, in
-which a consumer has 64 heads of one class, as it has in ordinary attention. With one class there is room for tiles of
-128 keys, and Q is what Q' is with two.
+Classes with lists of their own are one launch each, in which a consumer has 64 heads of one class, as it has in
+ordinary attention. With one class there is room for tiles of 128 keys, and Q is what Q' is with two.
+
+Rows of a selection that fill no tile are left to the portable kernel, which is faster there: consumers with a class
+each, which compute dP twice, were no match for it, nor were tiles of several rows that walk each other's blocks.
 
 Source: the formula above, and FlashAttention-3 (Shah et al., arXiv 2407.08608) for the roles.
 """
@@ -40,7 +41,7 @@ from .dq_rows import Form, Rows, load_rows, new_operands, rows_of, store_gradien
 from .operands import pack, unpack
 from .queries import CONSUMERS, ROWS
 from .ring import describe_keys, fill, filled_tile, leave, new_ring
-from .walk import begin_walk, bits_of, starts_of, unchosen_hidden, unseen_hidden
+from .walk import begin_walk, starts_of, unseen_hidden
 
 V_STAGES = gl.constexpr(2)
 
@@ -60,7 +61,7 @@ def _consume(consumer: gl.constexpr, rows, operands, k_ring, v_ring, walk, form:
     D: gl.constexpr = form.D
     KEYS: gl.constexpr = form.KEYS
     dtype: gl.constexpr = operands.q.dtype
-    FIRST: gl.constexpr = consumer if form.CLASS == "own" else 1 if form.CLASS == "noise" else 0
+    FIRST: gl.constexpr = 1 if form.CLASS == "noise" else 0
     LAST: gl.constexpr = 1 if form.BOTH else FIRST
     NEXT: gl.constexpr = (LAST - FIRST) * CONSUMERS  # from the operands of the first to those of the last
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -73,7 +74,6 @@ def _consume(consumer: gl.constexpr, rows, operands, k_ring, v_ring, walk, form:
     key = gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS))
     token, _output, _live = rows_of(consumer, rows, ROW, form)
     pos = rows.pos + token
-    bit = (rows.skipped + token) // form.BLOCK_M * form.C
     zeros = gl.zeros([ROWS, KEYS], gl.float32, LOGITS)
     if form.BOTH:
         first_sum = gl.zeros([ROWS, D], gl.float32, SUMS)
@@ -84,8 +84,6 @@ def _consume(consumer: gl.constexpr, rows, operands, k_ring, v_ring, walk, form:
         for i in range(walk.clear if MASKED else 0, walk.tiles if MASKED else walk.clear):
             if MASKED:
                 starts = starts_of(walk, i, form)
-            if form.MEMBERS:
-                bits = bits_of(walk, i, form)
             nothing = i >> 30  # see above
             at = consumer + nothing
             k_tile = filled_tile(k_ring, i)
@@ -102,8 +100,6 @@ def _consume(consumer: gl.constexpr, rows, operands, k_ring, v_ring, walk, form:
             logits = warpgroup_mma_wait(1, deps=(logits,))
             if MASKED:
                 logits = unseen_hidden(logits, starts, pos, key, walk, form)
-            if form.MEMBERS:
-                logits = unchosen_hidden(logits, bits, bit + FIRST % form.C, key, form)
             weights = tl.exp2(logits * scale_log2 - operands.lse.index(at).load(ROW)[:, None])
             dweights = warpgroup_mma_wait(0, deps=(dweights,))
             leave(v_ring, i)
@@ -186,7 +182,6 @@ def _dq_kernel(
         HQ * form.D,
         tokens,
         form.OUTPUTS - done,
-        skipped,
         pos_first,
         scale,
     )
@@ -213,16 +208,10 @@ def obstacle(q: Tensor, k: Tensor, lam_logit: Tensor | None, domain: Domain) -> 
     """What makes the portable dq the better one for such a call that the Hopper forward takes, in words; None if
     nothing does.
     """
-    return None
-
-
-def _classes_of(outputs: int, lam_logit: Tensor | None, domain: Domain) -> tuple[str, ...]:
-    """What consumers have, launch by launch; see `Form.CLASS`."""
-    if lam_logit is None:
-        return ("signal",)
+    outputs = q.shape[2] // (1 if lam_logit is None else 2) // k.shape[2]
     if domain.block_m * next_power_of_2(outputs) < CONSUMERS.value * ROWS.value:
-        return ("own",)
-    return ("both",) if domain.classes == 1 else ("signal", "noise")
+        return "a row of the selection fills no tile"
+    return None
 
 
 def query_gradient(
@@ -236,15 +225,16 @@ def query_gradient(
     domain: Domain,
     scale: float,
 ) -> Tensor:
-    """dq, like q; arguments as the portable `query_gradient` takes them, of a call that the Hopper forward takes."""
+    """dq, like q; arguments as the portable `query_gradient` takes them, of a call that the Hopper forward takes, and
+    without `obstacle`.
+    """
     B, T, HQ, D = q.shape
     H = k.shape[2]
     diff = lam_logit is not None
     outputs = HQ // (2 if diff else 1) // H
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    classes = _classes_of(outputs, lam_logit, domain)
-    consumers = 1 if classes == ("own",) else CONSUMERS.value  # with rows of their own
-    packing = fixed_packing(consumers * ROWS.value, outputs, domain.block_m)
+    classes = ("signal",) if not diff else ("both",) if domain.classes == 1 else ("signal", "noise")
+    packing = fixed_packing(CONSUMERS.value * ROWS.value, outputs, domain.block_m)
     lists = Lists(domain, packing.tokens, packing.rows, apart=len(classes) == 2)
     walks, NL, NE = lists.built
     for name in classes:
@@ -253,7 +243,6 @@ def query_gradient(
             OUTPUTS=outputs,
             DIFF=diff,
             CLASS=name,
-            C=lists.classes,
             TOKENS=packing.tokens,
             HEADS=packing.heads,
             CHUNKS=packing.chunks,
