@@ -30,7 +30,7 @@ def _find(device: int) -> str | None:
     try:
         from .trial import compile_trial
 
-        compile_trial(device)
+        compile_trial(torch.device("cuda", device))
     except Exception as error:  # an interface that has changed may fail in any way
         told = f"{type(error).__name__}: {error}".splitlines()[0]  # a compiler's may be pages
         reason = f"Gluon in triton {triton.__version__} fails its trial: {told}"

@@ -1,5 +1,6 @@
 """A small kernel that asks Gluon for what the real ones need: the copy engine, barriers, warps with jobs, products."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,8 @@ class _Form(Steps):
 
 @gluon.jit
 def _produce(source, ring, form: gl.constexpr):
-    fill(ring, 0, source, (0, form.BLOCK_N), 0, 0, 0, form.KEYS, form)
+    KEYS: gl.constexpr = form.KEYS
+    fill(ring, 0, source, (0, KEYS // 2), 0, 0, 0, KEYS, form)
 
 
 @gluon.jit
@@ -44,10 +46,10 @@ def _trial_kernel(source, gram, form: gl.constexpr):
     gl.warp_specialize([(_consume, (ring, gram, form)), (_produce, (source, ring, form))], [1], [24])
 
 
-def compile_trial(device: int) -> None:
-    """Compiles x xᵀ of a block of keys for a CUDA device; raises whatever goes wrong."""
+def compile_trial(device: torch.device) -> None:
+    """Compiles x xᵀ of a block of keys for a device; raises whatever goes wrong."""
     form = _Form()
-    x = torch.empty(1, form.KEYS, 1, form.D, dtype=torch.bfloat16, device=f"cuda:{device}")
-    gram = torch.empty(form.KEYS, form.KEYS, device=x.device)
-    with torch.cuda.device(device):
+    x = torch.empty(1, form.KEYS, 1, form.D, dtype=torch.bfloat16, device=device)
+    gram = torch.empty(form.KEYS, form.KEYS, device=device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _trial_kernel.warmup(describe_keys(x, form.BLOCK_N, form.PACKED), gram, form, grid=(1,), num_warps=4)
