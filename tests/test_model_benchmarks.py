@@ -400,6 +400,22 @@ def test_what_the_time_limit_leaves_out_is_recorded(tmp_path, capsys):
     assert all("error" not in record for record in content["records"] if record["group"] == "yoco")
 
 
+def test_the_best_batch_is_that_with_the_most_tokens_a_second():
+    def step(group, B, ms, kind, phase="dense, graph"):
+        backend = "auto" if kind == records.OURS else None
+        what = {"group": group, "case": f"512K tokens, {group}", "phase": phase, "kind": kind, "backend": backend}
+        return what | {"shape": {"B": B}} | ({"error": "no room"} if ms is None else {"median_ms": ms})
+
+    theirs = [step("batch 1", 1, 15, "Transformer"), step("equal memory", 2, 20, "Transformer")]
+    ours = [step(f"batch {B}", B, ms, records.OURS, "sparse, graph") for B, ms in ((1, 2), (32, 8))]
+    best = bars.best_batch("512K")
+    value = lambda *more: best(bars.Found([*theirs, *ours, *more]), "auto")  # noqa: E731
+    assert value() == value(step("equal memory", 57, None, records.OURS, "sparse, graph")) == 4 / 0.1
+    assert value(step("equal memory", 57, 10, records.OURS, "sparse, graph")) == 5.7 / 0.1
+    with pytest.raises(LookupError, match="not measured: 512K tokens"):
+        best(bars.Found(ours), "auto")
+
+
 # From end to end
 
 
