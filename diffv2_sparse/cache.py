@@ -14,7 +14,7 @@ how often they did, and a graph captured at another count must be captured again
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -258,7 +258,7 @@ class SharedKVCache:
 
     # What becomes of the sequences
 
-    def reset(self, sequences: Sequence[int] | None = None) -> None:
+    def reset(self, sequences: Collection[int] | None = None) -> None:
         """Forgets some sequences, or all; their pages go back to the pool."""
         chosen = range(self.batch_size) if sequences is None else sequences
         self._check_sequences(chosen)
@@ -282,8 +282,8 @@ class SharedKVCache:
             ValueError: more than `max_rollback` tokens below the most that a sequence has had since its `reset`, more
                 than it has, or back into a row of queries whose blocks are no longer known. Nothing changes.
         """
-        each = (counts,) * self.batch_size if isinstance(counts, int) else tuple(counts)
-        if len(each) != self.batch_size or min(each) < 0:
+        each = tuple(counts) if isinstance(counts, Sequence) else (counts,) * self.batch_size
+        if len(each) != self.batch_size or any(type(n) is not int or n < 0 for n in each):
             raise ValueError(f"counts: expected {self.batch_size} numbers ≥ 0, or one, got {counts}")
         left = tuple(map(int.__sub__, self.tokens, each))
         block_m = self.held_choice.get("block_m", 1)
@@ -389,9 +389,10 @@ class SharedKVCache:
         self._check_sequences(order)
         return order
 
-    def _check_sequences(self, sequences: Sequence[int]) -> None:
-        if not len(sequences) or any(not 0 <= b < self.batch_size for b in sequences):
-            raise ValueError(f"sequences: expected some of 0 … {self.batch_size - 1}, got {list(sequences)}")
+    def _check_sequences(self, sequences: Collection[int]) -> None:
+        known = range(self.batch_size)
+        if not isinstance(sequences, Collection) or not len(sequences) or any(b not in known for b in sequences):
+            raise ValueError(f"sequences: expected some of 0 … {self.batch_size - 1}, got {sequences}")
 
     def _follow(self, origin: SharedKVCache, order: list[int]) -> None:
         """Goes on from sequences of `origin`, in place where the batch size stays."""
