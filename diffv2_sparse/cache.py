@@ -309,7 +309,8 @@ class SharedKVCache:
         all by default.
 
         Pages and their summaries are shared until one of the holders writes to them; the self-decoder's state is
-        copied. A fork that is dropped gives its pages back.
+        copied. A fork that is dropped gives its pages back. With `offload` the device's `resident_blocks` are shared,
+        too, and have to hold what all sequences of a call read.
         """
         fork = SharedKVCache.__new__(SharedKVCache)
         order = self._order(sequences)

@@ -11,8 +11,9 @@ to slots, −1 elsewhere, so that kernels of attention need no change. A step is
 Without such kernels the same is done in torch, slot for slot, and the host waits for the lists.
 
 All layers and all caches over a pool share its slots: as the layers read one K/V, a page that several of them choose is
-there once. A model makes a cache with slots for the lists of all layers that choose: so what the last step read stays,
-and a step fetches only what none of them read then.
+there once. A model makes a cache with slots for the lists of all layers that choose: so what the last step read is
+there when the next begins. A layer that chooses other pages takes the slots that were read first in the last step; what
+a later layer would have found there again is then fetched again.
 
 **Writing.** A few tokens are written to the host and to the slots by one kernel. Those of a prompt are laid out as
 whole pages in a small pool on the device, which begins with what the open pages held; summaries are computed there, by
@@ -20,8 +21,11 @@ the code of any other pool; then the pages are sent to the host, and to the slot
 memory for one chunk of it, not for itself.
 
 **Sharing, truncating.** Books, copies on write and lengths are those of `pages.py`; a page that a copy overwrites
-leaves its slot. **Refused**: dense attention, which would fetch everything for each token, and a read of more pages
-than there are slots.
+leaves its slot. Forks share the slots, whose number stays that of the first cache: where many sequences go on from one
+prompt, it takes a cache with more `resident_blocks`.
+
+**Refused**: dense attention, which would fetch everything for each token, and a read of more pages than there are
+slots.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from .pinned import pinned_zeros
 from .selection import BlockSelection
 
 RESIDENT_BLOCKS = 64  # per sequence and cross-decoder layer, where a caller does not say
-FEW_TOKENS = 256  # that are written one by one, not as pages
+WRITTEN_SINGLY = 256  # tokens at most; more are laid out as pages
 
 
 class OffloadedPool(PagePool):
@@ -85,7 +89,8 @@ class OffloadedPool(PagePool):
         vars(self).update(state)
         if self._device.type == "cuda":
             self.k_pages, self.v_pages = (
-                pinned_zeros(*x.shape, dtype=x.dtype).copy_(x) for x in (self.k_pages, self.v_pages)
+                pinned_zeros(*x.shape, dtype=x.dtype, device=self._device).copy_(x)
+                for x in (self.k_pages, self.v_pages)
             )
 
     @property
@@ -99,7 +104,7 @@ class OffloadedPool(PagePool):
 
     def _new_pages(self, pages: int, block_n: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if device.type == "cuda":
-            return pinned_zeros(pages, block_n, head_dim, dtype=dtype)
+            return pinned_zeros(pages, block_n, head_dim, dtype=dtype, device=device)
         return torch.zeros(pages, block_n, head_dim, dtype=dtype)
 
     # Writing
@@ -114,7 +119,7 @@ class OffloadedPool(PagePool):
         new: Sequence[int],
         full: Sequence[int],
     ) -> None:
-        if by_kernels(self.k_slots) and len(k) <= FEW_TOKENS:
+        if by_kernels(self.k_slots) and len(k) <= WRITTEN_SINGLY:
             self.write(k, v, block, slot)
             if full:
                 self.summarise(sent(full, torch.long, self._device))

@@ -2,8 +2,8 @@
 
 `torch.library` operators, each a direct launch of `kernels/` (imported when first called): attention, forward and
 backward, decoding, the choice of blocks, their summaries, and moving an offloaded cache's pages. Lists pass no
-gradient, and neither does lse. "hopper" has kernels of its own for attention, for fewer shapes. Source of the formulas:
-the kernels.
+gradient, and neither does lse. "hopper" has kernels of its own for attention, for fewer shapes. The linear layers of a
+step (`…_few`) are plain functions, which torch.compile is not to see. Source of the formulas: the kernels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Linear layers for few tokens: the fused kernels compute what the modules do, and are taken where they may be."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from diffv2_sparse.yoco.layout import Following
 from tests.oracle import error
 from tests.tiny_yoco import VOCAB, tiny_model
 
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16)}
+DTYPES = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 SIZES = (80, 16, 6, 2)  # hidden size, head dimension, query and KV heads: no multiples of a tile
 
 
@@ -96,7 +97,7 @@ def test_what_is_taken():
         assert taken()
         assert taken(norm=None)
         assert not taken(torch.randn(1, FEW_TOKENS + 1, SIZES[0]))
-        assert not taken(x.half())
+        assert not taken(x.half())  # the weights are not
         assert not taken(x.double())
         assert not taken(x.bfloat16())
         assert not taken(linear=nn.Linear(SIZES[0], 8))  # a bias
@@ -115,3 +116,13 @@ def test_what_is_taken():
         assert not taken(norm=nn.LayerNorm(SIZES[0]))
         assert not taken(norm=RMSNorm(SIZES[0], 1e-5, affine=False))
         assert few_tokens._fits(x, own["norm"], [own["q"]]) == x.is_cuda
+
+
+@torch.no_grad()
+def test_a_feed_forward_of_another_kind_is_called():
+    x, norm = torch.randn(1, 1, SIZES[0]), RMSNorm(SIZES[0], 1e-5)
+    assert torch.equal(add_mlp(x, norm, nn.Identity()), x + norm(x))
+    heard = SwiGLU(SIZES[0], 8)
+    heard.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with mock.patch.object(few_tokens, "_fits", return_value=True):
+        assert torch.equal(add_mlp(x, norm, heard), x + heard(norm(x)))

@@ -394,8 +394,10 @@ def test_pinned_memory_is_registered_until_nothing_lies_in_it(monkeypatch):
             del registered[address]
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    x = pinned_zeros(5, 4, 3, dtype=torch.bfloat16)
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device = torch.device("cpu")
+    x = pinned_zeros(5, 4, 3, dtype=torch.bfloat16, device=device)
     assert registered == {x.data_ptr(): 120}
     assert x.shape == (5, 4, 3)
     assert not x.any()
@@ -403,14 +405,52 @@ def test_pinned_memory_is_registered_until_nothing_lies_in_it(monkeypatch):
     del x
     gc.collect()
     assert len(registered) == 1
+    assert not waited
     part += 1
     del part
     gc.collect()
     assert not registered
+    assert waited == [device]  # before it let go
     with pytest.raises(RuntimeError, match="cannot be pinned"):
-        pinned_zeros(1000, dtype=torch.float32)
+        pinned_zeros(1000, dtype=torch.float32, device=device)
     registered.clear()  # which the call that failed has not done, nor has its memory
+    with pytest.raises(RuntimeError, match="GiB of host memory are not to be had"):
+        pinned_zeros(1 << 60, dtype=torch.float32, device=device)
     gc.collect()
+
+
+def test_lists_are_sure_to_fit_with_a_place_each():
+    pool = SharedKVCache(spec(), 1, CAPACITY, offload="cpu", resident_blocks=5).pool
+    assert pool.holds(5)
+    assert not pool.holds(6)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_after_an_interrupted_read_nothing_is_taken_for_there(kernels, monkeypatch):
+    cache = SharedKVCache(spec(), 1, CAPACITY, offload="cpu", resident_blocks=3)
+    append(cache, fresh(CAPACITY))
+    monkeypatch.setattr(offload, "by_kernels", lambda x: kernels)
+
+    def there(*blocks):
+        indices = torch.tensor(blocks, dtype=torch.int32).expand(1, 1, H, 1, -1).contiguous()
+        counts = torch.full((1, 1, H, 1), len(blocks), dtype=torch.int32)
+        table = cache.pages(selection=BlockSelection(indices, counts, 1, BLOCK_N)).page_table
+        return bool((table[:, :, list(blocks)] >= 0).all())
+
+    assert there(0, 1, 2)
+    read = OffloadedPool._read
+
+    def interrupted(*call):
+        read(*call)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OffloadedPool, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            there(0, 1, 2)
+    assert there(2)
+    assert there(2, 3)
+    assert there(2, 4)
 
 
 def gpu_model(mode: str):

@@ -73,7 +73,7 @@ def add_projection(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
 
 def add_mlp(x: Tensor, norm: RMSNorm, mlp: SwiGLU) -> Tensor:
     """x + mlp(norm(x))."""
-    if not _fits(x, norm, [mlp.gate_proj, mlp.up_proj, mlp.down_proj]) or not _plain(mlp, SwiGLU):
+    if not (_plain(mlp, SwiGLU) and _fits(x, norm, [mlp.gate_proj, mlp.up_proj, mlp.down_proj])):
         return x + mlp(norm(x))
     hidden = ops.gate_few(x, norm.weight, norm.eps, mlp.gate_proj.weight, mlp.up_proj.weight)
     return ops.add_few(x, hidden, mlp.down_proj.weight)
@@ -87,18 +87,18 @@ def _takes(x: Tensor, norm: RMSNorm | None, linears: Sequence[nn.Linear]) -> boo
     """Whether the kernels compute what these modules do for such tokens."""
     return (
         x.shape[:-1].numel() <= FEW_TOKENS
-        and x.dtype in (torch.bfloat16, torch.float32)  # in float16 sums before the norm's factor may overflow
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and ops.obstacle(x[..., :1]) is None
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cuda")
         and not torch.compiler.is_compiling()
-        and (norm is None or (_plain(norm, RMSNorm) and norm.weight is not None))
+        and (norm is None or (_plain(norm, RMSNorm) and norm.weight is not None and norm.weight.device == x.device))
         and all(_plain(one, nn.Linear) and one.bias is None and _like(one.weight, x) for one in linears)
     )
 
 
 def _plain(module: nn.Module, kind: type) -> bool:
-    """Whether a call of the module computes what its class does, and nothing listens."""
+    """Whether a call of the module computes what its class does, and no hook of its own listens."""
     listens = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return type(module) is kind and not listens
 
