@@ -8,14 +8,14 @@
     ours, dense    the same model attending to all of its one cache
     Transformer    the same shape, SDPA (cuDNN's kernels) over contiguous keys and values of every layer
 
-For one sequence a time is that of one of IN_A_ROW steps, as a loop makes them: the host prepares the next while the
-device is at one. For more it is of a single step. "graph": the step is one CUDA graph, the model's own where it makes
-one (`decode` with `use_graphs`), else captured here over buffers that stay where they are; "eager": every launch by the
-host. Caches hold random keys and values. What does not fit the memory has a record with the reason. "equal memory"
-gives each kind the largest batch that one budget of memory has room for. "prompt" reads 512K tokens, the Transformer by
-one layer times the layers, for the time that a request takes as a whole: its prompt, then GENERATED_TOKENS more.
-"offloaded" is of caches in the host's memory, up to 10M tokens (offloaded.py). Results go to
-benchmarks/results/generation_MACHINE.json after each group.
+A time is that of one of IN_A_ROW // B steps in a row, as a loop makes them: the host prepares the next while the device
+is at one. From IN_A_ROW sequences on, and over offloaded caches, it is of a single step. "graph": the step is one CUDA
+graph, the model's own where it makes one (`decode` with `use_graphs`), else captured here over buffers that stay where
+they are; "eager": every launch by the host. Caches hold random keys and values. What does not fit the memory has a
+record with the reason. "equal memory" gives each kind the largest batch that one budget of memory has room for.
+"prompt" reads 512K tokens, the Transformer by one layer times the layers, for the time that a request takes as a whole:
+its prompt, then GENERATED_TOKENS more. "offloaded" is of caches in the host's memory, up to 10M tokens (offloaded.py).
+Results go to benchmarks/results/generation_MACHINE.json after each group.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from diffv2_sparse.yoco import DiffV2YocoForCausalLM
 from diffv2_sparse.yoco.layers import rotary_angles
 
 ON_GPU = torch.cuda.is_available()
-IN_A_ROW = 8  # steps of one sequence that are timed together, as a loop makes them: the host is ahead of the device
+IN_A_ROW = 8  # steps of one sequence that are timed together
 RESERVE_GIB = 6  # for activations, graphs and a compiler's scratch
 
 

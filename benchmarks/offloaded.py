@@ -1,8 +1,9 @@
 """Decoding over a cache in the host's memory, beside the same cache on the device: 1M, 4M and 10M tokens, batch 1.
 
 Every step has a token of its own, and weights are random, so that layers and steps choose nearly unrelated blocks: of
-what the last step left on the device next to nothing is chosen again. That is the worst case for a cache that fetches;
-`pages_fetched` says how many pages a step brought (keys and values of `block_n` tokens of one KV head each). "own
+what the last step left on the device little is chosen again, and some of that has left its slot by then. That is a bad
+case for a cache that fetches; `pages_fetched` says how many pages a step brought (keys and values of `block_n` tokens
+of one KV head each). "own
 choice": each cross-decoder layer chooses for itself; "shared choice": the first one chooses for all. Both caches hold
 the same numbers and both kinds see the same tokens, so their logits are compared before they are timed.
 """
