@@ -65,7 +65,7 @@ def test_the_same_slots_as_in_torch(sizes, C, T, NB, resident, device, moved_by,
     """
     from diffv2_sparse.kernels import fetch
 
-    monkeypatch.setattr(offload, "FEW_TOKENS", 6)
+    monkeypatch.setattr(offload, "WRITTEN_SINGLY", 6)
     for name, size in (("LIST_TILE", 4), ("GIVE_TILE", 8), ("PAGE_TILE", 8), ("PROGRAMS", 3)):
         monkeypatch.setattr(fetch, name, size)
     rng = random.Random(f"{sizes} {C} {T}")
