@@ -88,10 +88,8 @@ class OffloadedPool(PagePool):
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         if self._device.type == "cuda":
-            self.k_pages, self.v_pages = (
-                pinned_zeros(*x.shape, dtype=x.dtype, device=self._device).copy_(x)
-                for x in (self.k_pages, self.v_pages)
-            )
+            pages = self.k_pages, self.v_pages
+            self.k_pages, self.v_pages = (self._new_pages(*x.shape, x.dtype, self._device).copy_(x) for x in pages)
 
     @property
     def fetched(self) -> int:
@@ -105,7 +103,7 @@ class OffloadedPool(PagePool):
     def _new_pages(self, pages: int, block_n: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if device.type == "cuda":
             return pinned_zeros(pages, block_n, head_dim, dtype=dtype, device=device)
-        return torch.zeros(pages, block_n, head_dim, dtype=dtype)
+        return super()._new_pages(pages, block_n, head_dim, dtype, device)
 
     # Writing
 
@@ -137,7 +135,7 @@ class OffloadedPool(PagePool):
             full_ = sent(full, torch.long, self._device)
             stage.summarise(place[full_])
             self.summaries[full_] = stage.summaries[place[full_]]
-        slots = self.slot_of[self._pages(touched_)].long()  # −1, the last, where there is none
+        slots = self.slot_of[self.pages_of(touched_).flatten()].long()  # −1, the last, where there is none
         for pages, resident, own in (
             (self.k_pages, self.k_slots, stage.k_pages),
             (self.v_pages, self.v_slots, stage.v_pages),
@@ -152,7 +150,7 @@ class OffloadedPool(PagePool):
             ops.triton_write_pages(k.detach(), v.detach(), block, slot, self.slot_of, *pages)
             return
         self._wait()
-        page = block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)
+        page = self.pages_of(block)
         for pages, resident, x in ((self.k_pages, self.k_slots, k), (self.v_pages, self.v_slots, v)):
             x = x.detach().to(pages.dtype)
             pages[page.cpu(), slot[:, None].cpu()] = x.cpu()
@@ -160,7 +158,7 @@ class OffloadedPool(PagePool):
 
     def copy(self, origins: Sequence[int], copies: Sequence[int]) -> None:
         blocks = sent([origins, copies], torch.long, self._device)
-        origin, copied = self._pages(blocks[0]), self._pages(blocks[1])
+        origin, copied = (self.pages_of(block).flatten() for block in blocks)
         self.page_in.index_fill_(0, self.slot_of[copied].long(), -1)  # the last, where there is none
         self.slot_of.index_fill_(0, copied, -1)
         if by_kernels(self.k_slots):
@@ -239,7 +237,9 @@ class OffloadedPool(PagePool):
         own = self.slot_of[wanted].long()
         self.last_read[own[own >= 0]] = now
         missing, place = wanted[own < 0].unique(return_inverse=True)
-        first = torch.full_like(missing, len(wanted)).scatter_reduce(0, place, _count(place), "amin")
+        first = torch.full_like(missing, len(wanted)).scatter_reduce(
+            0, place, torch.arange(len(place), device=place.device), "amin"
+        )
         missing = missing[first.argsort()]
         order = self.order[now % 2]
         idle = self.last_read[order] != now
@@ -276,10 +276,6 @@ def selected_pages(page_table: Tensor, selection: BlockSelection, pages: int) ->
     table = page_table[:, None, :, None].expand(*indices.shape[:-1], NP)
     page = table.gather(-1, indices.clamp(0, NP - 1)).long()
     return torch.where(listed & (indices >= 0) & (indices < NP) & (page >= 0) & (page < pages), page, -1)
-
-
-def _count(x: Tensor) -> Tensor:
-    return torch.arange(len(x), device=x.device)
 
 
 def _runs(blocks: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -110,7 +110,7 @@ class PagePool:
     def copy(self, origins: Sequence[int], copies: Sequence[int]) -> None:
         """Copies keys and values from block to block; not the summaries, which open blocks do not have."""
         at = sent([origins, copies], torch.long, self.k_pages.device)
-        origin, copied = self._pages(at[0]), self._pages(at[1])
+        origin, copied = (self.pages_of(block).flatten() for block in at)
         for pages in (self.k_pages, self.v_pages):
             pages[copied] = pages[origin]
 
@@ -136,13 +136,15 @@ class PagePool:
 
     def write(self, k: Tensor, v: Tensor, block: Tensor, slot: Tensor) -> None:
         """Writes k and v `[N, H, D]` to slots int64 `[N]` of blocks int64 `[N]`."""
-        page = block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)
+        page = self.pages_of(block)
         self.k_pages[page, slot[:, None]] = k.detach().to(self.k_pages.dtype)
         self.v_pages[page, slot[:, None]] = v.detach().to(self.v_pages.dtype)
 
     def summarise(self, block: Tensor) -> None:
         """Computes the summaries of blocks int64 `[N]` from their pages; those of open blocks mean nothing yet."""
-        means = block_summaries(self._keys(self._pages(block))[:, :, None], self.block_n)  # [N · H, 1, 1, D]
+        means = block_summaries(
+            self._keys(self.pages_of(block).flatten())[:, :, None], self.block_n
+        )  # [N · H, 1, 1, D]
         self.summaries[block] = means.view(-1, *self.summaries.shape[1:])
 
     def paged(self, page_table: Tensor, lengths: Tensor, selection: BlockSelection | None) -> PagedKV:
@@ -178,8 +180,9 @@ class PagePool:
         """The keys of pages int64 `[M]`, `[M, block_n, D]`."""
         return self.k_pages[page]
 
-    def _pages(self, block: Tensor) -> Tensor:
-        return (block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)).flatten()
+    def pages_of(self, block: Tensor) -> Tensor:
+        """The pages int64 `[N, H]` of blocks int64 `[N]`."""
+        return block[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=block.device)
 
 
 class PageTable:
@@ -306,11 +309,10 @@ class PageTable:
         """Brings entries of `pages` in line with `blocks`."""
         if not places:
             return
-        H, device = self.pool.kv_heads, self.pages.device
         numbers = [(b, j, self.blocks[b][j]) for b, j in places]
         self.at_home = self.at_home and all(block == b * self.width + j for b, j, block in numbers)
-        b, j, block = sent(numbers, torch.long, device).unbind(1)
-        self.pages[b, :, j] = (block[:, None] * H + torch.arange(H, device=device)).int()
+        b, j, block = sent(numbers, torch.long, self.pages.device).unbind(1)
+        self.pages[b, :, j] = self.pool.pages_of(block).int()
         self.numbers[b, j] = block
 
 

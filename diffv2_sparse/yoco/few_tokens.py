@@ -87,7 +87,6 @@ def _takes(x: Tensor, norm: RMSNorm | None, linears: Sequence[nn.Linear]) -> boo
     """Whether the kernels compute what these modules do for such tokens."""
     return (
         x.shape[:-1].numel() <= FEW_TOKENS
-        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and ops.obstacle(x[..., :1]) is None
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cuda")
