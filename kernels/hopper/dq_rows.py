@@ -14,36 +14,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..primitives import load_lse
-from .queries import CONSUMERS, ROWS
-from .walk import Steps
+from .queries import CONSUMERS, ROWS, TileForm
 
 
 @dataclass(frozen=True)
-class Form(Steps):
-    """What the compiler is told of a call; see `Lists.constants` and `Packing`. HEADS counts output heads: pairs, or
-    those of ordinary attention, which are all signal.
+class Form(TileForm):
+    """What the compiler is told of a call. HEADS counts output heads: pairs, or those of ordinary attention, which are
+    all signal.
     """
 
-    D: int
     OUTPUTS: int  # output heads of a group
-    DIFF: bool
     CLASS: str  # of a consumer: "both", "signal" or "noise"
-    LISTS: bool
-    MEMBERS: bool
-    PACKED: bool
-    WINDOWED: bool
-    LIST_TOKENS: int
-    LIST_TILES: int
-    BLOCK_M: int
-    BLOCK_N: int
-    TOKENS: int
-    HEADS: int
-    CHUNKS: int
-
-    @property
-    def EACH(self) -> int:
-        """Query heads of an output head."""
-        return 2 if self.DIFF else 1
 
     @property
     def BOTH(self) -> bool:

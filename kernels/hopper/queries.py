@@ -20,16 +20,13 @@ ROWS = gl.constexpr(64)  # of a consumer
 
 
 @dataclass(frozen=True)
-class Form(Steps):
-    """What the compiler is told of a call; see `Lists.constants` and `Packing`."""
+class TileForm(Steps):
+    """What the compiler is told of tiles of queries, whatever is computed for them; see `Lists.constants` and
+    `Packing`.
+    """
 
     D: int
-    G: int  # query heads of a group
     DIFF: bool
-    HEADS_OF: str  # "both" classes, "signal" or "noise"
-    C: int  # classes in one list
-    SAVE_LSE: bool
-    SAVE_NOISE: bool
     LISTS: bool
     MEMBERS: bool
     PACKED: bool
@@ -46,6 +43,17 @@ class Form(Steps):
     def EACH(self) -> int:
         """Query heads of an output head."""
         return 2 if self.DIFF else 1
+
+
+@dataclass(frozen=True)
+class Form(TileForm):
+    """What the compiler is told of a call of the forward."""
+
+    G: int  # query heads of a group
+    HEADS_OF: str  # "both" classes, "signal" or "noise"
+    C: int  # classes in one list
+    SAVE_LSE: bool
+    SAVE_NOISE: bool
 
     @property
     def PAIRED(self) -> bool:
