@@ -99,7 +99,7 @@ class Shared:
 def allocate_shared_memory(dtype, shape, layout):
     shape = [number(n) for n in shape]
     if dtype == tl.int64:  # barriers
-        return Shared([Barrier() for _ in range(math.prod(shape))])
+        return Shared(Barrier() if shape == [1] else [Barrier() for _ in range(shape[0])])
     poison = np.iinfo(np.int32).min if dtype == tl.int32 else np.nan
     return Shared(np.full(shape, poison, NUMPY[dtype]), dtype)
 
@@ -230,7 +230,7 @@ def of_triton(name):
 
 
 TYPES = "constexpr", "float16", "bfloat16", "float32", "int32", "int64"
-BUILTINS = "load", "store", "where", "minimum", "maximum", "cdiv", "program_id", "log2", "exp2", "join"
+BUILTINS = "load", "store", "where", "minimum", "maximum", "cdiv", "program_id", "log2", "exp2", "join", "max", "sum"
 LAYOUTS = (
     "NVMMASharedLayout",
     "SwizzledSharedLayout",

@@ -103,6 +103,24 @@ def test_sequences_do_not_meet(kind, kernels, device):
         assert torch.equal(got[i][:, last:], clean[i][:, last:])
 
 
+@pytest.mark.parametrize("tokens", [slice(None), slice(37, 38)], ids=["all tokens", "one token"])
+@pytest.mark.parametrize(("C", "block_m"), [(1, 16), (2, 16), (2, 128)])
+@pytest.mark.parametrize("added", [(0, 100, 120), (0, 0, 90), (-110, 0, 0)], ids=str)
+def test_sums_out_of_range(added, C, block_m, tokens, device):
+    """With logits so far from those of a row's first tile, or from 0 where it lists none of that, that a single walk
+    would give 0 or infinity.
+    """
+    sizes = 1, 200, 700, 16, 2, 128
+    selection = random_selection(*sizes[:3], 2, C=C, NB=5, block_m=block_m, block_n=64, device=device)
+    selection.counts[:, -1, :, ::3] = 0
+    q, k, v, lam = qkv(*sizes, dtype=torch.bfloat16, device=device)
+    levels = torch.tensor(added).repeat_interleave(torch.tensor([192, 256, 252]))
+    k[..., 0] = levels.to(k)[:, None]
+    q[..., 0] = 0
+    q[:, tokens, 1:9, 0] = 128**0.5  # of the scale
+    Kernels(ops.hopper_attention, torch.bfloat16, 128, 64).check((q, k, v, lam), selection)
+
+
 @pytest.mark.parametrize(("C", "block_m"), [(1, 16), (2, 16), (2, 2)])  # both classes at a consumer, apart, its own
 def test_the_same_a_thousand_times(C, block_m, kernels, device):
     selection = kernels.lists(1, 100, 200, 2, C=C, block_m=block_m, device=device)

@@ -43,12 +43,19 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 HALF = Kernels(ops.hopper_attention, torch.float16, 64, 64)
 
 
+@pytest.fixture(params=[15])
+def room(request):
+    """Powers of 2 by which sums may leave 1: what half precision bears, which stands here for bfloat16."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
-def _on_cpu(monkeypatch):
+def _on_cpu(monkeypatch, room):
     """The operators find the kernels as the interpreter takes them."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         for name in "forward", "backward":
             monkeypatch.setitem(sys.modules, f"{gluon_on_cpu.PACKAGE}.{name}", gluon_on_cpu.load(name))
+        monkeypatch.setitem(gluon_on_cpu.load("forward").ROOM, torch.float16, room)
 
 
 def check(B, T, S, HQ, H, D=64, selection=None, *, differential=True, gradients=False, **options):
@@ -73,6 +80,62 @@ def check(B, T, S, HQ, H, D=64, selection=None, *, differential=True, gradients=
 def test_lists(T, S, G, C, block_m, block_n, D):
     selection = random_selection(2, T, S, 1, C=C, NB=5, block_m=block_m, block_n=block_n)
     check(2, T, S, G, 1, D, selection)
+
+
+@interpreted
+@pytest.mark.parametrize("room", [0], indirect=True)
+@pytest.mark.parametrize(("C", "block_m"), [(1, 16), (2, 16), (2, 40)])
+def test_online_softmax(C, block_m):
+    """As half precision takes it."""
+    check(1, 40, 300, 8, 1, 64, random_selection(1, 40, 300, 1, C=C, NB=4, block_m=block_m, block_n=64))
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """What the copy engine is asked for."""
+    asked = []
+    copy = gluon_on_cpu.HOPPER.tma.async_copy_global_to_shared
+    count = lambda *args: (asked.append(args), copy(*args))  # noqa: E731
+    monkeypatch.setattr(gluon_on_cpu.HOPPER.tma, "async_copy_global_to_shared", count)
+    return asked
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # in walks that are repeated
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("added", "window", "tokens", "walked"),  # to the logits of the first tile of keys, of the second, of the others
+    [
+        ((0, 60, 70), None, slice(None), (10, 10)),
+        ((0, 0, 40), None, slice(None), (10, 10)),
+        ((0, 0, 40), None, slice(12, 13), (10, 5)),  # one row of one consumer
+        ((0, 0, 40), None, slice(18, 19), (5, 10)),
+        ((0, -60, -70), 410, slice(12, 13), (10, 4)),  # which does not see the first tile
+        ((0, -60, -70), None, slice(None), (5, 5)),
+        ((0, 3, -3), None, slice(None), (5, 5)),
+    ],
+)
+def test_sums_out_of_range(added, window, tokens, walked, copies):
+    """Two programs, by the tiles that each walks: twice as many if a row's first tile tells too little of it."""
+    q, k, v, lam = qkv(1, 20, 556, 8, 1, 64, dtype=torch.float16)
+    k[..., 0] = torch.tensor(added).repeat_interleave(torch.tensor([128, 128, 300]))[:, None]
+    q[..., 0] = 0
+    q[:, tokens, 2, 0] = 8  # of the scale
+    HALF.check((q, k, v, lam), gradients=False, window=window)
+    assert len(copies) == 2 * sum(walked)
+
+
+@interpreted
+def test_rows_that_are_not_there_have_no_say(copies, monkeypatch):
+    selection = random_selection(1, 20, 300, 1, C=2, NB=4, block_m=5, block_n=64)
+    selection.indices[..., 0] = torch.where(selection.counts == 0, 0, selection.indices[..., 0])
+    selection.counts.clamp_(min=1)  # a row that sees nothing does ask for another walk
+    asked = []
+    for room in (0, 15):
+        monkeypatch.setitem(gluon_on_cpu.load("forward").ROOM, torch.float16, room)
+        check(1, 20, 300, 6, 1, 64, selection)
+        asked.append(len(copies))
+    assert asked[1] == 2 * asked[0]  # in all
 
 
 @interpreted

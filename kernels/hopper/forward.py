@@ -3,7 +3,7 @@
 The same tiles, walks and formulas as `kernels/forward.py`, but each of a program's warps has one job:
 
     producer   1 warp        follows the walk and has the copy engine (TMA) bring tiles of K and V into rings
-    consumers  4 warps each  take 64 of the tile's 128 query vectors: logits, online softmax, weighted sum, output
+    consumers  4 warps each  take 64 of the tile's 128 query vectors: logits, softmax, weighted sum, output
 
 Products run on their own (wgmma) while a consumer goes on: it asks for the logits of the next tile before it asks for
 the weighted sum of this one, and waits for the logits alone. Two consumers keep the tensor cores busy: while one is at
@@ -14,19 +14,27 @@ its softmax, the other's products run. In time, S logits, O weighted sum, ~ soft
     consumer B          S0 ~~~~~ S1 O0 ~~~~~ S2 O1 ~~~~~ S3 O2 ...
     tensor cores     A  B     A  A  B  B  A  A  B  B  A  A  ...
 
-Registers decide the order of a step. Of a thread's 240, the sum takes 64, the logits 64 and the rounded weights 32, but
-the weights before they are rounded another 64. So weights cross the end of a step rounded (see `operands.py`). And they
-are rounded after the wait for the sum that reads the pairs before: else the compiler waits for every single product,
-and says so (ptxas C7513).
+Weights are relative to the greatest logit of a row's first tile. To follow the greatest so far, as online softmax does,
+takes a third of a step's instructions and messages between threads, and bfloat16, which has the exponents of float32,
+loses nothing while sums stay within 2^±ROOM (and values within 2^±60). Should the sum of a row leave that, as logits
+are far above all of its first tile, or far below 0 with none seen there, or as it sees nothing at all, the consumers
+agree (`ballot.py`) to walk the tile again with online softmax: right, at more than twice the time, and in other last
+bits for the row's neighbours. float16 has no such room and takes online softmax from the start.
+
+Registers decide the order of a step. Of a thread's 240, the sum takes 64, the logits 64, the rounded weights 32, and in
+the first walk the queries 32; the weights before they are rounded would take another 64. So weights cross the end of a
+step rounded (see `operands.py`). And they are rounded after the wait for the sum that reads the pairs before: else the
+compiler waits for every single product, and says so (ptxas C7513).
 
 Signal and noise of a pair stand eight rows apart: the tensor cores give rows r and r + 8 to one thread, which subtracts
 without a message. Where each class has its own list and fills tiles alone, one launch computes the noise heads, and a
 second the signal heads, from which it subtracts what the first has written.
 
-Source: FlashAttention-3 (Shah et al., arXiv 2407.08608) for the roles and the order; microsoft/unilm's
-Diff-Transformer-V2 for the formula.
+Source: FlashAttention-3 (Shah et al., arXiv 2407.08608) for the roles and the order; FlashDecoding++ (Hong et al.,
+arXiv 2311.01282) for softmax without a maximum that moves; microsoft/unilm's Diff-Transformer-V2 for the formula.
 """
 
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -36,35 +44,120 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..domain import Domain, Lists
 from ..primitives import LN2, LOG2E, new_outputs, sequence_of, softmax_step, strides_of, tile_of
 from ..tiles import fixed_packing, next_power_of_2
+from .ballot import new_ballot, outcome, vote
 from .operands import pack, unpack
 from .queries import CONSUMERS, ROWS, Form, Queries, outputs_of, rows_of, signal_and_noise
 from .ring import describe_keys, fill, filled_tile, leave, new_ring
 from .walk import begin_walk, bits_of, starts_of, unchosen_hidden, unseen_hidden
 
 STAGES = gl.constexpr(2)  # of each ring
+ROOM = {torch.bfloat16: 64, torch.float16: 0}  # see Form
 
 
 @gluon.jit
-def _produce(k_source, v_source, k_ring, v_ring, walk, i_b, i_h, k0, Sk, form: gl.constexpr):
-    """Brings K a tile ahead of V, in the order in which the consumers leave them."""
+def _bring(k_source, v_source, k_ring, v_ring, use, walk, i_b, i_h, k0, Sk, form: gl.constexpr):
+    """From use `use` of the rings: K a tile ahead of V, in the order in which the consumers leave them."""
     starts = starts_of(walk, 0, form)
-    fill(k_ring, 0, k_source, starts, i_b, i_h, k0, Sk, form)
+    fill(k_ring, use, k_source, starts, i_b, i_h, k0, Sk, form)
     for i in range(walk.tiles):
         following = starts_of(walk, i + 1, form)
         if i + 1 < walk.tiles:
-            fill(k_ring, i + 1, k_source, following, i_b, i_h, k0, Sk, form)
-        fill(v_ring, i, v_source, starts, i_b, i_h, k0, Sk, form)
+            fill(k_ring, use + i + 1, k_source, following, i_b, i_h, k0, Sk, form)
+        fill(v_ring, use + i, v_source, starts, i_b, i_h, k0, Sk, form)
         starts = following
 
 
 @gluon.jit
-def _consume(consumer: gl.constexpr, queries, q_tiles, k_ring, v_ring, walk, form: gl.constexpr):
+def _produce(k_source, v_source, k_ring, v_ring, astray, walk, i_b, i_h, k0, Sk, form: gl.constexpr):
+    _bring(k_source, v_source, k_ring, v_ring, 0, walk, i_b, i_h, k0, Sk, form)
+    if form.ROOM and outcome(astray, 1):
+        _bring(k_source, v_source, k_ring, v_ring, walk.tiles, walk, i_b, i_h, k0, Sk, form)
+
+
+@gluon.jit
+def _sums_of_threads(x):
+    """`[ROWS, 8]`: sums of the columns of x `[ROWS, N]` that are equal mod 8, which one thread holds: no messages."""
+    return gl.sum(x.reshape([ROWS, x.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def _attend(q_tile, k_ring, v_ring, use, pos, bit, walk, scale_log2, ONLINE: gl.constexpr, form: gl.constexpr):
+    """The walk, from use `use` of the rings.
+
+    Returns:
+        m, l `[ROWS]`, acc `[ROWS, D]`: to what the weights are relative, in base 2, their sum, and that of weighted V.
+    """
     D: gl.constexpr = form.D
     KEYS: gl.constexpr = form.KEYS
-    dtype: gl.constexpr = q_tiles.dtype
+    dtype: gl.constexpr = q_tile.dtype
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    key = gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS))
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
+    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
+    acc = gl.zeros([ROWS, D], gl.float32, SUMS)
+    zeros = gl.zeros([ROWS, KEYS], gl.float32, LOGITS)
+    if not ONLINE:
+        q_tile = q_tile.load(gl.DotOperandLayout(0, LOGITS, 2))
+
+    starts = starts_of(walk, 0, form)
+    if form.MEMBERS:
+        bits = bits_of(walk, 0, form)
+    k_tile = filled_tile(k_ring, use)
+    logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    logits = warpgroup_mma_wait(0, deps=(logits,))
+    leave(k_ring, use)
+    logits = unseen_hidden(logits, starts, pos, key, walk, form)
+    if form.MEMBERS:
+        logits = unchosen_hidden(logits, bits, bit, key, form)
+    weights, _decay, m, l = softmax_step(logits, m, l, scale_log2, m, False)
+    if not ONLINE:
+        m = gl.where(m == float("-inf"), 0.0, m)  # nothing seen so far
+        sums = _sums_of_threads(weights)
+    pairs = pack(weights, dtype)
+    for MASKED in gl.static_range(2):
+        for i in range(gl.maximum(walk.clear, 1) if MASKED else 1, walk.tiles if MASKED else walk.clear):
+            if MASKED:
+                starts = starts_of(walk, i, form)
+            if form.MEMBERS:
+                bits = bits_of(walk, i, form)
+            k_tile = filled_tile(k_ring, use + i)
+            logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            v_tile = filled_tile(v_ring, use + i - 1)
+            acc = warpgroup_mma(unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
+            logits = warpgroup_mma_wait(1, deps=(logits,))
+            leave(k_ring, use + i)
+            if MASKED:
+                logits = unseen_hidden(logits, starts, pos, key, walk, form)
+            if form.MEMBERS:
+                logits = unchosen_hidden(logits, bits, bit, key, form)
+            if ONLINE:
+                step_weights, decay, m, l = softmax_step(logits, m, l, scale_log2, m, False)
+            else:
+                step_weights = gl.exp2(logits * scale_log2 - m[:, None])
+                sums += _sums_of_threads(step_weights)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            leave(v_ring, use + i - 1)
+            pairs = pack(step_weights, dtype)
+            if ONLINE:
+                acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
+    v_tile = filled_tile(v_ring, use + walk.tiles - 1)
+    acc = warpgroup_mma(unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    leave(v_ring, use + walk.tiles - 1)
+    if not ONLINE:
+        l = gl.convert_layout(gl.sum(sums, 1), l.type.layout)
+    return m, l, acc
+
+
+@gluon.jit
+def _consume(consumer: gl.constexpr, queries, q_tiles, k_ring, v_ring, astray, walk, form: gl.constexpr):
+    D: gl.constexpr = form.D
+    dtype: gl.constexpr = q_tiles.dtype
+    KEYS: gl.constexpr = form.KEYS
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
     dims = gl.arange(0, D, gl.SliceLayout(0, WIDE))
 
@@ -75,55 +168,19 @@ def _consume(consumer: gl.constexpr, queries, q_tiles, k_ring, v_ring, walk, for
     q_tile.store(gl.load(q_at, mask=live[:, None], other=0.0))
     fence_async_shared()
 
-    token, head = rows_of(consumer, gl.SliceLayout(1, LOGITS), form)
+    token, head = rows_of(consumer, ROW, form)
     live = (token < queries.tokens) & (head < queries.heads)
     pos = queries.pos + token
     bit = (queries.skipped + token) // form.BLOCK_M * form.C + head % form.C
-    key = gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS))
     if form.DIFF and form.HEADS_OF != "noise":
         lam_at = token.to(gl.int64) * queries.lam_t + (head // 2).to(gl.int64) * queries.lam_h
         lam = tl.sigmoid(gl.load(queries.lam_logit + lam_at, mask=live, other=0.0).to(gl.float32))
-    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, LOGITS))
-    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
-    acc = gl.zeros([ROWS, D], gl.float32, SUMS)
-    zeros = gl.zeros([ROWS, KEYS], gl.float32, LOGITS)
-
-    starts = starts_of(walk, 0, form)
-    if form.MEMBERS:
-        bits = bits_of(walk, 0, form)
-    k_tile = filled_tile(k_ring, 0)
-    logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    logits = warpgroup_mma_wait(0, deps=(logits,))
-    leave(k_ring, 0)
-    logits = unseen_hidden(logits, starts, pos, key, walk, form)
-    if form.MEMBERS:
-        logits = unchosen_hidden(logits, bits, bit, key, form)
-    weights, _decay, m, l = softmax_step(logits, m, l, queries.scale_log2, m, False)
-    pairs = pack(weights, dtype)
-    for MASKED in gl.static_range(2):
-        for i in range(gl.maximum(walk.clear, 1) if MASKED else 1, walk.tiles if MASKED else walk.clear):
-            if MASKED:
-                starts = starts_of(walk, i, form)
-            if form.MEMBERS:
-                bits = bits_of(walk, i, form)
-            k_tile = filled_tile(k_ring, i)
-            logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            v_tile = filled_tile(v_ring, i - 1)
-            acc = warpgroup_mma(unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
-            logits = warpgroup_mma_wait(1, deps=(logits,))
-            leave(k_ring, i)
-            if MASKED:
-                logits = unseen_hidden(logits, starts, pos, key, walk, form)
-            if form.MEMBERS:
-                logits = unchosen_hidden(logits, bits, bit, key, form)
-            step_weights, decay, m, l = softmax_step(logits, m, l, queries.scale_log2, m, False)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            leave(v_ring, i - 1)
-            pairs = pack(step_weights, dtype)
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
-    v_tile = filled_tile(v_ring, walk.tiles - 1)
-    acc = warpgroup_mma(unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    m, l, acc = _attend(q_tile, k_ring, v_ring, 0, pos, bit, walk, queries.scale_log2, form.ROOM == 0, form)
+    if form.ROOM:
+        # A sum of 0 is astray, too: the second walk tells whether a row saw nothing, and then leaves its m at −inf.
+        vote(astray, consumer, live & ((l < 2.0**-form.ROOM) | (l > 2.0**form.ROOM)))
+        if outcome(astray, 4):
+            m, l, acc = _attend(q_tile, k_ring, v_ring, walk.tiles, pos, bit, walk, queries.scale_log2, True, form)
 
     total = gl.where(l == 0.0, 1.0, l)  # a token that saw nothing: 0, and lse −inf
     if form.SAVE_LSE:
@@ -212,15 +269,16 @@ def _forward_kernel(
     q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, form.D], gl.NVMMASharedLayout(128, 16, 2))
     k_ring = new_ring(CONSUMERS, STAGES, dtype, form)
     v_ring = new_ring(CONSUMERS, STAGES, dtype, form)
+    astray = new_ballot()
     fence_async_shared()
     i_b = i_b.to(gl.int32)
     i_h = i_h.to(gl.int32)
     k0 = k0.to(gl.int32)
     gl.warp_specialize(
         [
-            (_consume, (0, queries, q_tiles, k_ring, v_ring, walk, form)),
-            (_consume, (1, queries, q_tiles, k_ring, v_ring, walk, form)),
-            (_produce, (k_source, v_source, k_ring, v_ring, walk, i_b, i_h, k0, Sk, form)),
+            (_consume, (0, queries, q_tiles, k_ring, v_ring, astray, walk, form)),
+            (_consume, (1, queries, q_tiles, k_ring, v_ring, astray, walk, form)),
+            (_produce, (k_source, v_source, k_ring, v_ring, astray, walk, i_b, i_h, k0, Sk, form)),
         ],
         worker_num_warps=[4, 1],
         worker_num_regs=[240, 24],  # and 240 for the first, which is this program's own
@@ -266,6 +324,7 @@ def forward(
             DIFF=diff,
             HEADS_OF=heads_of,
             C=lists.classes,
+            ROOM=ROOM[q.dtype],
             SAVE_LSE=save_lse,
             SAVE_NOISE=save_noise and heads_of != "signal",
             TOKENS=packing.tokens,

@@ -52,6 +52,7 @@ class Form(TileForm):
     G: int  # query heads of a group
     HEADS_OF: str  # "both" classes, "signal" or "noise"
     C: int  # classes in one list
+    ROOM: int  # powers of 2 by which sums of weights may leave 1; 0: maxima are followed from the start
     SAVE_LSE: bool
     SAVE_NOISE: bool
 
