@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -30,9 +31,17 @@ HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 def _fmha():
     """xFormers' attention, the operator and the bias in question.
 
+    Where its C library does not load, xFormers keeps that error for good, and with it the frames of whoever imports it
+    and their tensors, a cache for instance. A thread has no such frames above it.
+
     Raises:
         ImportError: it cannot be imported; says why and what to install.
     """
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_import_fmha).result()
+
+
+def _import_fmha():
     try:
         from xformers.ops import fmha
         from xformers.ops.fmha import triton_splitk

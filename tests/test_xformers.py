@@ -240,3 +240,27 @@ def test_graph_follows_what_changes_in_place(C, T):
         assert error(o, diff_attention_paged(q, lam, pages, selection, backend="triton")) < 1e-2
         seen.append(o.clone())
     assert not torch.equal(seen[0], seen[1])
+
+
+HELD = """
+import gc, weakref
+from diffv2_sparse.xformers_paged import _fmha
+
+class Cache: ...
+
+def decode(cache):
+    _fmha()
+
+cache = Cache()
+seen = weakref.ref(cache)
+decode(cache)
+del cache
+gc.collect()
+assert seen() is None, "held"
+"""
+
+
+@pytest.mark.usefixtures("xformers")
+def test_importing_it_keeps_nothing_of_the_caller():
+    """In a process of its own, as it is imported once."""
+    subprocess.run([sys.executable, "-c", HELD], check=True, timeout=300)
