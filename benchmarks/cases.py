@@ -133,6 +133,7 @@ def measure(
     group, budget_s = benchmark.groups[name]
     records, heats, along = [], group(sizes), [matrix_product(sizes)]
     while cases := next(heats, None):  # an `enumerate` would hold a heat's tensors while the next are made
+        _collect(sizes.device)  # what only the heats before had
         timed = {case.title: case for case in cases + along}
         candidates = {title: case.candidate() for title, case in timed.items()}
         if time.monotonic() > deadline:
@@ -144,10 +145,14 @@ def measure(
         records += heat_records
         along = []
         del cases, timed, candidates
-        gc.collect()  # models and their graphs refer to themselves
-        if sizes.device == "cuda":
-            torch.cuda.empty_cache()
+        _collect(sizes.device)
     return records + benchmark.finish(name, records)
+
+
+def _collect(device: str) -> None:
+    gc.collect()  # models and their graphs refer to themselves
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def matrix_product(sizes: Sizes) -> Case:

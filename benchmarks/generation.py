@@ -42,6 +42,7 @@ from diffv2_sparse.yoco.layers import rotary_angles
 
 ON_GPU = torch.cuda.is_available()
 IN_A_ROW = 8  # steps of one sequence that are timed together
+STEPPING = 5  # cases that append to one cache: of `Problem.ours`, all but the static steps over xFormers
 RESERVE_GIB = 6  # for activations, graphs and a compiler's scratch
 
 
@@ -59,9 +60,14 @@ class Sizes:
     lengths: dict[int, tuple[int, ...]]  # by batch size; of the same batch sizes in every run
     offloaded: tuple[int, ...]  # tokens of the caches in the host's memory
     requested: int  # tokens of the prompt of a request, and of the caches in equal memory
-    room: int  # tokens that are appended while steps are timed
     memory_gib: float  # what a run may hold, weights included
     prompts: prefill.Sizes
+
+    @property
+    def room(self) -> int:
+        """Tokens that are appended at most while steps over one cache are timed."""
+        calls = 3 + 2 * self.rounds[1]  # one that is checked, and pairs whose second is timed
+        return STEPPING * calls * IN_A_ROW
 
     def rehearsal(self) -> Sizes:
         return self
@@ -79,7 +85,6 @@ FULL = Sizes(
     lengths={1: tuple(1 << n for n in range(13, 21)), 8: _SOME, 32: _SOME},
     offloaded=(1 << 20, 4 << 20, 10 << 20),
     requested=1 << 19,
-    room=640,
     memory_gib=130,
     prompts=prefill.FULL,
 )
@@ -94,7 +99,6 @@ CPU_SMOKE = Sizes(
     lengths={1: (64, 128), 8: (64,), 32: (64,)},
     offloaded=(64, 1024),
     requested=256,
-    room=160,
     memory_gib=RESERVE_GIB + 6e-3,
     prompts=prefill.CPU_SMOKE,
 )
@@ -109,7 +113,6 @@ GPU_SMOKE = Sizes(
     lengths={1: (512, 1024), 8: (512,), 32: (512,)},
     offloaded=(512, 1024),
     requested=2048,
-    room=160,
     memory_gib=RESERVE_GIB + 0.06,
     prompts=prefill.GPU_SMOKE,
 )
