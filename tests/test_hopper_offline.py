@@ -104,25 +104,25 @@ def copies(monkeypatch):
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # in walks that are repeated
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("added", "window", "tokens", "walked"),  # to the logits of the first tile of keys, of the second, of the others
+    ("added", "window", "tokens", "walks"),  # to the logits of the first tile of keys, of the second, of the others
     [
-        ((0, 60, 70), None, slice(None), (10, 10)),
-        ((0, 0, 40), None, slice(None), (10, 10)),
-        ((0, 0, 40), None, slice(12, 13), (10, 5)),  # one row of one consumer
-        ((0, 0, 40), None, slice(18, 19), (5, 10)),
-        ((0, -60, -70), 410, slice(12, 13), (10, 4)),  # which does not see the first tile
+        ((0, 60, 70), None, slice(None), (5, 5, 5, 5)),
+        ((0, 0, 40), None, slice(None), (5, 5, 5, 5)),
+        ((0, 0, 40), None, slice(12, 13), (5, 5, 5)),  # one row of one consumer
+        ((0, 0, 40), None, slice(18, 19), (5, 5, 5)),
+        ((0, -60, -70), 410, slice(12, 13), (5, 5, 4)),  # which does not see the first tile
         ((0, -60, -70), None, slice(None), (5, 5)),
         ((0, 3, -3), None, slice(None), (5, 5)),
     ],
 )
-def test_sums_out_of_range(added, window, tokens, walked, copies):
-    """Two programs, by the tiles that each walks: twice as many if a row's first tile tells too little of it."""
+def test_sums_out_of_range(added, window, tokens, walks, copies):
+    """Two programs, by the tiles of their walks: a second follows if a row's first tile tells too little of it."""
     q, k, v, lam = qkv(1, 20, 556, 8, 1, 64, dtype=torch.float16)
     k[..., 0] = torch.tensor(added).repeat_interleave(torch.tensor([128, 128, 300]))[:, None]
     q[..., 0] = 0
     q[:, tokens, 2, 0] = 8  # of the scale
     HALF.check((q, k, v, lam), gradients=False, window=window)
-    assert len(copies) == 2 * sum(walked)
+    assert len(copies) == sum(1 + 2 * tiles for tiles in walks)  # K and V, and K once more
 
 
 @interpreted

@@ -14,6 +14,9 @@ its softmax, the other's products run. In time, S logits, O weighted sum, ~ soft
     consumer B          S0 ~~~~~ S1 O0 ~~~~~ S2 O1 ~~~~~ S3 O2 ...
     tensor cores     A  B     A  A  B  B  A  A  B  B  A  A  ...
 
+Heads of 64 leave registers for two tiles of logits. There logits run AHEAD: those of the next tile are computed during
+the softmax of this one, which waits for nothing, and the producer brings one more K at the end, that nobody looks at.
+
 Weights are relative to the greatest logit of a row's first tile. To follow the greatest so far, as online softmax does,
 takes a third of a step's instructions and messages between threads, and bfloat16, which has the exponents of float32,
 loses nothing while sums stay within 2^±ROOM (and values within 2^±60). Should the sum of a row leave that, as logits
@@ -55,15 +58,22 @@ ROOM = {torch.bfloat16: 64, torch.float16: 0}  # see Form
 
 
 @gluon.jit
-def _bring(k_source, v_source, k_ring, v_ring, use, walk, i_b, i_h, k0, Sk, form: gl.constexpr):
-    """From use `use` of the rings: K a tile ahead of V, in the order in which the consumers leave them."""
+def _first_uses(turn: gl.constexpr, walk, form: gl.constexpr):
+    """Of the rings of K and V, of a walk for the first time or the second."""
+    return turn * (walk.tiles + form.AHEAD), turn * walk.tiles
+
+
+@gluon.jit
+def _bring(k_source, v_source, k_ring, v_ring, turn: gl.constexpr, walk, i_b, i_h, k0, Sk, form: gl.constexpr):
+    """K a tile ahead of V, in the order in which the consumers leave them."""
+    k_use, v_use = _first_uses(turn, walk, form)
     starts = starts_of(walk, 0, form)
-    fill(k_ring, use, k_source, starts, i_b, i_h, k0, Sk, form)
+    fill(k_ring, k_use, k_source, starts, i_b, i_h, k0, Sk, form)
     for i in range(walk.tiles):
         following = starts_of(walk, i + 1, form)
-        if i + 1 < walk.tiles:
-            fill(k_ring, use + i + 1, k_source, following, i_b, i_h, k0, Sk, form)
-        fill(v_ring, use + i, v_source, starts, i_b, i_h, k0, Sk, form)
+        if form.AHEAD or i + 1 < walk.tiles:
+            fill(k_ring, k_use + i + 1, k_source, following, i_b, i_h, k0, Sk, form)
+        fill(v_ring, v_use + i, v_source, starts, i_b, i_h, k0, Sk, form)
         starts = following
 
 
@@ -71,7 +81,7 @@ def _bring(k_source, v_source, k_ring, v_ring, use, walk, i_b, i_h, k0, Sk, form
 def _produce(k_source, v_source, k_ring, v_ring, astray, walk, i_b, i_h, k0, Sk, form: gl.constexpr):
     _bring(k_source, v_source, k_ring, v_ring, 0, walk, i_b, i_h, k0, Sk, form)
     if form.ROOM and outcome(astray, 1):
-        _bring(k_source, v_source, k_ring, v_ring, walk.tiles, walk, i_b, i_h, k0, Sk, form)
+        _bring(k_source, v_source, k_ring, v_ring, 1, walk, i_b, i_h, k0, Sk, form)
 
 
 @gluon.jit
@@ -81,8 +91,10 @@ def _sums_of_threads(x):
 
 
 @gluon.jit
-def _attend(q_tile, k_ring, v_ring, use, pos, bit, walk, scale_log2, ONLINE: gl.constexpr, form: gl.constexpr):
-    """The walk, from use `use` of the rings.
+def _attend(
+    q_tile, k_ring, v_ring, turn: gl.constexpr, pos, bit, walk, scale_log2, ONLINE: gl.constexpr, form: gl.constexpr
+):
+    """The walk, for the first time or the second.
 
     Returns:
         m, l `[ROWS]`, acc `[ROWS, D]`: to what the weights are relative, in base 2, their sum, and that of weighted V.
@@ -101,13 +113,17 @@ def _attend(q_tile, k_ring, v_ring, use, pos, bit, walk, scale_log2, ONLINE: gl.
     if not ONLINE:
         q_tile = q_tile.load(gl.DotOperandLayout(0, LOGITS, 2))
 
+    k_use, v_use = _first_uses(turn, walk, form)
     starts = starts_of(walk, 0, form)
     if form.MEMBERS:
         bits = bits_of(walk, 0, form)
-    k_tile = filled_tile(k_ring, use)
+    k_tile = filled_tile(k_ring, k_use)
     logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(0, deps=(logits,))
-    leave(k_ring, use)
+    leave(k_ring, k_use)
+    if form.AHEAD:
+        k_tile = filled_tile(k_ring, k_use + 1)
+        ahead = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     logits = unseen_hidden(logits, starts, pos, key, walk, form)
     if form.MEMBERS:
         logits = unchosen_hidden(logits, bits, bit, key, form)
@@ -115,6 +131,9 @@ def _attend(q_tile, k_ring, v_ring, use, pos, bit, walk, scale_log2, ONLINE: gl.
     if not ONLINE:
         m = gl.where(m == float("-inf"), 0.0, m)  # nothing seen so far
         sums = _sums_of_threads(weights)
+    if form.AHEAD:
+        ahead = warpgroup_mma_wait(0, deps=(ahead,))
+        leave(k_ring, k_use + 1)
     pairs = pack(weights, dtype)
     for MASKED in gl.static_range(2):
         for i in range(gl.maximum(walk.clear, 1) if MASKED else 1, walk.tiles if MASKED else walk.clear):
@@ -122,12 +141,15 @@ def _attend(q_tile, k_ring, v_ring, use, pos, bit, walk, scale_log2, ONLINE: gl.
                 starts = starts_of(walk, i, form)
             if form.MEMBERS:
                 bits = bits_of(walk, i, form)
-            k_tile = filled_tile(k_ring, use + i)
-            logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            v_tile = filled_tile(v_ring, use + i - 1)
+            k_tile = filled_tile(k_ring, k_use + i + form.AHEAD)
+            next_logits = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            v_tile = filled_tile(v_ring, v_use + i - 1)
             acc = warpgroup_mma(unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
-            logits = warpgroup_mma_wait(1, deps=(logits,))
-            leave(k_ring, use + i)
+            if form.AHEAD:
+                logits = ahead
+            else:
+                logits = warpgroup_mma_wait(1, deps=(next_logits,))
+                leave(k_ring, k_use + i)
             if MASKED:
                 logits = unseen_hidden(logits, starts, pos, key, walk, form)
             if form.MEMBERS:
@@ -137,15 +159,19 @@ def _attend(q_tile, k_ring, v_ring, use, pos, bit, walk, scale_log2, ONLINE: gl.
             else:
                 step_weights = gl.exp2(logits * scale_log2 - m[:, None])
                 sums += _sums_of_threads(step_weights)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            leave(v_ring, use + i - 1)
+            if form.AHEAD:
+                ahead, acc = warpgroup_mma_wait(0, deps=(next_logits, acc))
+                leave(k_ring, k_use + i + 1)
+            else:
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+            leave(v_ring, v_use + i - 1)
             pairs = pack(step_weights, dtype)
             if ONLINE:
                 acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
-    v_tile = filled_tile(v_ring, use + walk.tiles - 1)
+    v_tile = filled_tile(v_ring, v_use + walk.tiles - 1)
     acc = warpgroup_mma(unpack(pairs, dtype, WEIGHTS), v_tile, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    leave(v_ring, use + walk.tiles - 1)
+    leave(v_ring, v_use + walk.tiles - 1)
     if not ONLINE:
         l = gl.convert_layout(gl.sum(sums, 1), l.type.layout)
     return m, l, acc
@@ -180,7 +206,7 @@ def _consume(consumer: gl.constexpr, queries, q_tiles, k_ring, v_ring, astray, w
         # A sum of 0 is astray, too: the second walk tells whether a row saw nothing, and then leaves its m at −inf.
         vote(astray, consumer, live & ((l < 2.0**-form.ROOM) | (l > 2.0**form.ROOM)))
         if outcome(astray, 4):
-            m, l, acc = _attend(q_tile, k_ring, v_ring, walk.tiles, pos, bit, walk, queries.scale_log2, True, form)
+            m, l, acc = _attend(q_tile, k_ring, v_ring, 1, pos, bit, walk, queries.scale_log2, True, form)
 
     total = gl.where(l == 0.0, 1.0, l)  # a token that saw nothing: 0, and lse −inf
     if form.SAVE_LSE:

@@ -57,6 +57,11 @@ class Form(TileForm):
     SAVE_NOISE: bool
 
     @property
+    def AHEAD(self) -> int:
+        """Tiles by which logits run ahead of their softmax: 1 where there are registers for both."""
+        return 1 if self.D == 64 else 0
+
+    @property
     def PAIRED(self) -> bool:
         """Signal and noise in one tile."""
         return self.DIFF and self.HEADS_OF == "both"
