@@ -53,7 +53,6 @@ from .queries import CONSUMERS, ROWS, Form, Queries, outputs_of, rows_of, signal
 from .ring import describe_keys, fill, filled_tile, leave, new_ring
 from .walk import begin_walk, bits_of, starts_of, unchosen_hidden, unseen_hidden
 
-STAGES = gl.constexpr(2)  # of each ring
 ROOM = {torch.bfloat16: 64, torch.float16: 0}  # see Form
 
 
@@ -293,8 +292,8 @@ def _forward_kernel(
     )
     dtype: gl.constexpr = q.dtype.element_ty
     q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, form.D], gl.NVMMASharedLayout(128, 16, 2))
-    k_ring = new_ring(CONSUMERS, STAGES, dtype, form)
-    v_ring = new_ring(CONSUMERS, STAGES, dtype, form)
+    k_ring = new_ring(CONSUMERS, form.STAGES, dtype, form)
+    v_ring = new_ring(CONSUMERS, form.STAGES, dtype, form)
     astray = new_ballot()
     fence_async_shared()
     i_b = i_b.to(gl.int32)

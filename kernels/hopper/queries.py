@@ -62,6 +62,11 @@ class Form(TileForm):
         return 1 if self.D == 64 else 0
 
     @property
+    def STAGES(self) -> int:
+        """Of each ring, as shared memory allows."""
+        return 256 // self.D
+
+    @property
     def PAIRED(self) -> bool:
         """Signal and noise in one tile."""
         return self.DIFF and self.HEADS_OF == "both"
