@@ -33,7 +33,7 @@ from diffv2_sparse.kernels.hopper.walk import (
 from diffv2_sparse.kernels.primitives import sequence_of, tile_of
 from diffv2_sparse.kernels.tiles import fixed_packing
 from tests import gluon_on_cpu
-from tests.compile_hopper import CASES, REGISTERS, faults
+from tests.compile_hopper import CASES, REGISTERS, faults, spilled_in_loops
 from tests.test_kernels import Kernels, _poison, packed_case  # noqa: F401
 
 DEVICE = 0
@@ -431,9 +431,17 @@ def test_the_guard_sees_faults():
     clean = "ptxas info : 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nUsed 168 registers"
     assert faults(clean, REGISTERS) == []
     assert faults(clean, REGISTERS + 1)
+    assert faults(clean, 168, in_loops=1) == ["spills in loops: 1 instructions"]
     assert faults(clean.replace("0 bytes spill loads", "8 bytes spill loads"), 168) == ["spills: 8 bytes"]
     assert faults(clean + "\n(C7512) Potential Performance Loss: wgmma.mma_async ...", 168) == ["serialised: C7512"]
     assert faults("", 168) == ["no report"]
+    step = [
+        "/*0100*/ LDL R1, [R1] ;",
+        "/*0110*/ HGMMA.64x128 R4 ;",
+        "/*0120*/ STL [R1], R2 ;",
+        "/*0130*/ @P1 BRA 0x{} ;",
+    ]
+    assert [spilled_in_loops("\n".join(step).format(to)) for to in ("100", "110", "120", "140")] == [2, 1, 0, 0]
 
 
 def test_kernels_compile_well_for_hopper():
