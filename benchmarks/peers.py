@@ -26,6 +26,7 @@ from torch import Tensor
 from diffv2_sparse import BlockSelection, diff_attention
 from diffv2_sparse.adapters import combine_pairs
 from diffv2_sparse.cache import PagedKV
+from diffv2_sparse.xformers_paged import load_fmha
 
 DENSE = f"{'cuDNN' if torch.cuda.is_available() else 'SDPA'} + subtraction"
 FA4_DENSE, FLASH_DENSE = "FA4 dense + subtraction", "flash-attn + subtraction"
@@ -204,11 +205,8 @@ class XFormersDecode:
         page, device = pages.block_n, pages.page_table.device
         if page % 64:  # its kernel reads beyond smaller pages
             raise ValueError(f"xFormers takes pages of a multiple of 64 keys, not of {page}")
-        from xformers.ops import fmha
-        from xformers.ops.fmha.attn_bias import PagedBlockDiagonalPaddedKeysMask
-
-        self._fmha, self._pages = fmha, pages
-        self._bias = PagedBlockDiagonalPaddedKeysMask.from_seqlens(
+        (self._fmha, self._operator, bias), self._pages = load_fmha(), pages
+        self._bias = bias.from_seqlens(
             q_seqlen=[1] * (B * H),
             kv_seqlen=[min(blocks, NP) * page] * (B * H),
             block_tables=torch.zeros(B * H, blocks, dtype=torch.int32, device=device),
@@ -234,4 +232,4 @@ class XFormersDecode:
         # the operator itself: the public function refuses all where the package's C library does not load, which this
         # operator has no need of
         inputs = self._fmha.Inputs(query=q, key=k, value=v, attn_bias=self._bias)
-        return self._fmha.triton_splitk.FwOp.apply(inputs, needs_gradient=False)[0]
+        return self._operator.apply(inputs, needs_gradient=False)[0]

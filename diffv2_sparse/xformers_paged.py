@@ -28,7 +28,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 
 
 @functools.cache
-def _fmha():
+def load_fmha():
     """xFormers' attention, the operator and the bias in question.
 
     Where its C library does not load, xFormers keeps that error for good, and with it the frames of whoever imports it
@@ -38,10 +38,10 @@ def _fmha():
         ImportError: it cannot be imported; says why and what to install.
     """
     with ThreadPoolExecutor(1) as alone:
-        return alone.submit(_import_fmha).result()
+        return alone.submit(_import).result()
 
 
-def _import_fmha():
+def _import():
     try:
         from xformers.ops import fmha
         from xformers.ops.fmha import triton_splitk
@@ -95,7 +95,7 @@ def xformers_paged(
     """
     P, block_n, D = k_pages.shape
     _check(q, block_n)
-    fmha, operator, _ = _fmha()
+    fmha, operator, _ = load_fmha()
     B, T, HQ, _ = q.shape
     H = page_table.shape[1]
     pages, keys = _tables(page_table, lengths, selection, T, P, block_n)  # [B, T, C, H, NB], [B, T, C, H]
@@ -150,7 +150,7 @@ def _bias(entries: int, blocks: int, block_n: int, device: torch.device):
     """A bias for one query token per entry. Its tables and lengths are stand-ins; what else it holds depends on these
     sizes alone, and is sent to the device once.
     """
-    return _fmha()[2].from_seqlens(
+    return load_fmha()[2].from_seqlens(
         q_seqlen=[1] * entries,
         kv_seqlen=[blocks * block_n] * entries,
         block_tables=torch.empty(entries, blocks, dtype=torch.int32, device="meta"),

@@ -118,12 +118,15 @@ def spilled_in_loops(code: str) -> int:
     """Instructions that move spilled registers inside loops of products, which end in a conditional branch back."""
     instructions = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
     moves, products = ([at for at, what in instructions if re.search(kind, what)] for kind in (r"\b(STL|LDL)", "HGMMA"))
-    found = set()
+    found, loops = set(), 0
     for end, what in instructions:
         back = re.match(r"@.*BRA.*0x([0-9a-f]+)", what)
         begin = int(back[1], 16) if back else end + 1
         if any(begin <= at <= end for at in products):
+            loops += 1
             found.update(at for at in moves if begin <= at <= end)
+    if not loops:
+        raise ValueError("code: expected loops of products, found none")
     return len(found)
 
 

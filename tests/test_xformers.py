@@ -23,10 +23,10 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="module")
 def xformers():
     """Imports it; a test that asks for this is skipped where that fails."""
-    from diffv2_sparse.xformers_paged import _fmha
+    from diffv2_sparse.xformers_paged import load_fmha
 
     try:
-        return _fmha()
+        return load_fmha()
     except ImportError as error:
         pytest.skip(str(error))
 
@@ -244,12 +244,12 @@ def test_graph_follows_what_changes_in_place(C, T):
 
 HELD = """
 import gc, weakref
-from diffv2_sparse.xformers_paged import _fmha
+from diffv2_sparse.xformers_paged import load_fmha
 
 class Cache: ...
 
 def decode(cache):
-    _fmha()
+    load_fmha()
 
 cache = Cache()
 seen = weakref.ref(cache)

@@ -7,7 +7,7 @@ The same tiles, walks and formulas as `kernels/forward.py`, but each of a progra
 
 Products run on their own (wgmma) while a consumer goes on: it asks for the logits of the next tile before it asks for
 the weighted sum of this one, and waits for the logits alone. Two consumers keep the tensor cores busy: while one is at
-its softmax, the other's products run. In time, S logits, O weighted sum, ~ softmax:
+its softmax, the other's products run. In time, for heads of 128, S logits, O weighted sum, ~ softmax:
 
     producer      K0 K1 V0    K2 V1    K3 V2    ...              each as soon as its stage of the ring is free
     consumer A       S0 ~~~~~ S1 O0 ~~~~~ S2 O1 ~~~~~ S3 O2 ...
@@ -24,10 +24,10 @@ are far above all of its first tile, or far below 0 with none seen there, or as 
 agree (`ballot.py`) to walk the tile again with online softmax: right, at more than twice the time, and in other last
 bits for the row's neighbours. float16 has no such room and takes online softmax from the start.
 
-Registers decide the order of a step. Of a thread's 240, the sum takes 64, the logits 64, the rounded weights 32, and in
-the first walk the queries 32; the weights before they are rounded would take another 64. So weights cross the end of a
-step rounded (see `operands.py`). And they are rounded after the wait for the sum that reads the pairs before: else the
-compiler waits for every single product, and says so (ptxas C7513).
+Registers decide the order of a step. Of a thread's 240, heads of 128 give the sum 64, the logits 64, the rounded
+weights 32, and in a walk without online softmax the queries 32; the weights before they are rounded would take another
+64. So weights cross the end of a step rounded (see `operands.py`). And they are rounded after the wait for the sum that
+reads the pairs before: else the compiler waits for every single product, and says so (ptxas C7513).
 
 Signal and noise of a pair stand eight rows apart: the tensor cores give rows r and r + 8 to one thread, which subtracts
 without a message. Where each class has its own list and fills tiles alone, one launch computes the noise heads, and a
@@ -58,7 +58,7 @@ ROOM = {torch.bfloat16: 64, torch.float16: 0}  # see Form
 
 @gluon.jit
 def _first_uses(turn: gl.constexpr, walk, form: gl.constexpr):
-    """Of the rings of K and V, of a walk for the first time or the second."""
+    """The numbers of a turn's first uses of the rings of K and V; turn 0 is the first walk, 1 the second."""
     return turn * (walk.tiles + form.AHEAD), turn * walk.tiles
 
 

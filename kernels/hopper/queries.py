@@ -63,7 +63,7 @@ class Form(TileForm):
 
     @property
     def STAGES(self) -> int:
-        """Of each ring, as shared memory allows."""
+        """Of each ring; as many bytes for heads of any size."""
         return 256 // self.D
 
     @property
