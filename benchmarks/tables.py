@@ -72,7 +72,8 @@ def _swept(records: list[dict]) -> Table:
     for r in records:
         shape = r["shape"]
         line = (str(shape["D"]), f"{shape['HQ']}/{shape['H']}", r["case"], r["backend"] or r["kind"])
-        text = "failed" if "error" in r else f"{number(r['median_ms'])} ({r['tflops']:.0f})"
+        error = r.get("error", "").partition(":")[0]  # its kind, or that it was skipped
+        text = error or f"{number(r['median_ms'])} ({r['tflops']:.0f})"
         lines.setdefault(line, {})[shape["T"]] = text
     columns = ("D", "HQ/H", "case", "kind", *map(tokens_name, lengths))
     rows = [(*line, *(cells.get(tokens, "–") for tokens in lengths)) for line, cells in lines.items()]

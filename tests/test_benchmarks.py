@@ -563,3 +563,11 @@ def test_the_command_needs_a_checkout(tmp_path, monkeypatch):
     assert result.exit_code == 1
     (line,) = result.stderr.strip().splitlines()
     assert "the benchmarks belong to the source checkout" in line
+
+
+def test_sweep_tells_what_was_skipped_from_what_failed():
+    shape = {"D": 64, "HQ": 4, "H": 2}
+    swept = [{"shape": shape | {"T": T}, "case": "budget 1K", "backend": "hopper", "kind": "ours"} for T in (1, 2, 4)]
+    outcomes = {"median_ms": 0.5, "tflops": 9.0}, {"error": cases.SKIPPED}, {"error": "OutOfMemoryError: CUDA"}
+    table = tables.table_of("sweep", [record | outcome for record, outcome in zip(swept, outcomes)], 1.0)
+    assert table.rows[0][-3:] == ("0.5 (9)", "skipped", "OutOfMemoryError")
