@@ -1,7 +1,7 @@
 # make demo   a trained model finds needles in real text; table and heat map under demo/
 # make test   every test that needs no GPU
 # make lint   ruff
-# make compile   every kernel that "hopper" may launch, for that GPU without one: spills, products in flight (most of an hour)
+# make compile   every kernel that "hopper" may launch, for that GPU without one: what it spills and waits for (an hour)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

@@ -142,9 +142,8 @@ class PagePool:
 
     def summarise(self, block: Tensor) -> None:
         """Computes the summaries of blocks int64 `[N]` from their pages; those of open blocks mean nothing yet."""
-        means = block_summaries(
-            self._keys(self.pages_of(block).flatten())[:, :, None], self.block_n
-        )  # [N · H, 1, 1, D]
+        keys = self._keys(self.pages_of(block).flatten())
+        means = block_summaries(keys[:, :, None], self.block_n)  # [N · H, 1, 1, D]
         self.summaries[block] = means.view(-1, *self.summaries.shape[1:])
 
     def paged(self, page_table: Tensor, lengths: Tensor, selection: BlockSelection | None) -> PagedKV:

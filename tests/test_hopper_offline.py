@@ -43,10 +43,10 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 HALF = Kernels(ops.hopper_attention, torch.float16, 64, 64)
 
 
-@pytest.fixture(params=[15])
+@pytest.fixture
 def room(request):
     """Powers of 2 by which sums may leave 1: what half precision bears, which stands here for bfloat16."""
-    return request.param
+    return getattr(request, "param", 15)
 
 
 @pytest.fixture(autouse=True)
@@ -104,23 +104,23 @@ def copies(monkeypatch):
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # in walks that are repeated
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("added", "window", "tokens", "walks"),  # to the logits of the first tile of keys, of the second, of the others
+    ("added", "tokens", "walks"),  # to the logits of the first tile of keys, of the second, of the others
     [
-        ((0, 60, 70), None, slice(None), (5, 5, 5, 5)),
-        ((0, 0, 40), None, slice(None), (5, 5, 5, 5)),
-        ((0, 0, 40), None, slice(12, 13), (5, 5, 5)),  # one row of one consumer
-        ((0, 0, 40), None, slice(18, 19), (5, 5, 5)),
-        ((0, -60, -70), None, slice(None), (5, 5)),
-        ((0, 3, -3), None, slice(None), (5, 5)),
+        ((0, 60, 70), slice(None), (5, 5, 5, 5)),
+        ((0, 0, 40), slice(None), (5, 5, 5, 5)),
+        ((0, 0, 40), slice(12, 13), (5, 5, 5)),  # one row of one consumer
+        ((0, 0, 40), slice(18, 19), (5, 5, 5)),
+        ((0, -60, -70), slice(None), (5, 5)),
+        ((0, 3, -3), slice(None), (5, 5)),
     ],
 )
-def test_sums_out_of_range(added, window, tokens, walks, copies):
+def test_sums_out_of_range(added, tokens, walks, copies):
     """Two programs, by the tiles of their walks: a second follows if a row's first tile tells too little of it."""
     q, k, v, lam = qkv(1, 20, 556, 8, 1, 64, dtype=torch.float16)
     k[..., 0] = torch.tensor(added).repeat_interleave(torch.tensor([128, 128, 300]))[:, None]
     q[..., 0] = 0
     q[:, tokens, 2, 0] = 8  # of the scale
-    HALF.check((q, k, v, lam), gradients=False, window=window)
+    HALF.check((q, k, v, lam), gradients=False)
     assert len(copies) == sum(1 + 2 * tiles for tiles in walks)  # K and V, and K once more
 
 
